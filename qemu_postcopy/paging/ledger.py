@@ -1,0 +1,157 @@
+"""The ledger file: what is known of each page, kept where a killed sidecar cannot take it along.
+
+The file lies in the run directory, one byte per page (``enum qpc_page_state`` of
+``_native/pager.h``), and is mapped shared; the pager thread writes it without system calls.  What
+is in it survives the process, not the host.  Only this module knows its layout.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qemu_postcopy.errors import HostError, ImageError
+
+MAGIC = b"QPCLEDG\x01"
+#: magic, count of blocks
+HEADER = struct.Struct("<8sI4x")
+#: name (UTF-8, NUL-padded), page size and length in bytes, offset of the states in the file
+ENTRY = struct.Struct("<256sQQQ")
+ALIGNMENT = 4096
+MOST_BLOCKS = 1024
+
+
+@dataclass(frozen=True)
+class LedgerBlock:
+    """One block in the ledger: ``length`` and ``page_size`` in bytes, ``offset`` in the file."""
+
+    name: str
+    page_size: int
+    length: int
+    offset: int = 0
+
+    @property
+    def page_count(self) -> int:
+        """Pages, and bytes of state."""
+        return self.length // self.page_size
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+class Ledger:
+    """A mapped ledger file.  Not thread-safe itself; the states are written by the pager thread.
+
+    Use :meth:`create` for a fresh guest, :meth:`open` to take over from a sidecar that died.
+    """
+
+    def __init__(self, path: Path, mapping: mmap.mmap, blocks: list[LedgerBlock]) -> None:
+        self.path = path
+        self.mapping = mapping
+        self.blocks = blocks
+
+    @classmethod
+    def create(cls, path: Path, blocks: list[LedgerBlock]) -> Self:
+        """Makes the file (0600, all pages missing) and maps it.
+
+        Raises:
+            HostError: no space for it; the file is reserved in full, so that it cannot run out
+                of space while faults are served.
+        """
+        offset = _align(HEADER.size + ENTRY.size * len(blocks))
+        placed = []
+        for block in blocks:
+            placed.append(LedgerBlock(block.name, block.page_size, block.length, offset))
+            offset = _align(offset + block.page_count)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, offset)
+            mapping = mmap.mmap(descriptor, offset)
+        except OSError as error:
+            path.unlink()
+            raise HostError(
+                f"no space for the ledger ({offset} bytes) in {path.parent}: {error.strerror}",
+                hint="free some space there, or choose another run directory with --run-dir",
+            ) from error
+        finally:
+            os.close(descriptor)
+        HEADER.pack_into(mapping, 0, MAGIC, len(placed))
+        for index, block in enumerate(placed):
+            ENTRY.pack_into(
+                mapping,
+                HEADER.size + index * ENTRY.size,
+                block.name.encode(),
+                block.page_size,
+                block.length,
+                block.offset,
+            )
+        return cls(path, mapping, placed)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Maps an existing ledger.
+
+        Raises:
+            ImageError: it is not a ledger, or is damaged.
+        """
+        with path.open("r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < HEADER.size:
+                raise _damaged(path, "too short")
+            mapping = mmap.mmap(file.fileno(), size)
+        magic, count = HEADER.unpack_from(mapping, 0)
+        if magic != MAGIC or count > MOST_BLOCKS or HEADER.size + count * ENTRY.size > size:
+            raise _damaged(path, "bad header")
+        blocks = []
+        for index in range(count):
+            raw, page_size, length, offset = ENTRY.unpack_from(
+                mapping, HEADER.size + index * ENTRY.size
+            )
+            name = raw.rstrip(b"\0").decode(errors="replace")
+            if page_size < 4096 or page_size & (page_size - 1) or length % page_size:
+                raise _damaged(path, f"bad sizes of block {name}")
+            block = LedgerBlock(name, page_size, length, offset)
+            if offset % ALIGNMENT or offset + block.page_count > size:
+                raise _damaged(path, f"block {name} lies outside of the file")
+            blocks.append(block)
+        return cls(path, mapping, blocks)
+
+    def block(self, name: str) -> LedgerBlock:
+        """The entry of one block; KeyError if there is none."""
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        raise KeyError(name)
+
+    def states(self, name: str) -> bytes:
+        """A copy of one block's states, one byte per page."""
+        block = self.block(name)
+        return self.mapping[block.offset : block.offset + block.page_count]
+
+    def close(self) -> None:
+        """Unmaps; the file stays.  Any buffer taken from the mapping must be released before."""
+        self.mapping.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _damaged(path: Path, why: str) -> ImageError:
+    return ImageError(
+        f"{path} is not a usable ledger: {why}",
+        hint="it cannot be known which pages the guest gave back; restore the image anew",
+    )

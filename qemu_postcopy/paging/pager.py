@@ -1,0 +1,213 @@
+"""The pager as Python sees it: built from blocks, started, asked, stopped.
+
+Step "serve" of the flow.  The work is done by one C thread (``_native/pager.c``) that needs no GIL;
+everything here runs in the control plane and only hands integers and buffers across.  Methods may
+be called from any thread, but not two at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from types import TracebackType
+from typing import Any, Self
+
+from qemu_postcopy._native import check, ffi, lib, new_error, raise_error
+from qemu_postcopy.paging.ledger import Ledger
+
+#: Bytes filled around a fault unless told otherwise; `qemu-postcopy bench restore` chose it.
+DEFAULT_CHUNK_SIZE = 64 << 10
+#: Longest poll for the next fault before sleeping, in microseconds.
+DEFAULT_SPIN_LIMIT_US = 200
+TIMELINE_BUCKET_SECONDS = 0.01
+
+
+class PagerState(IntEnum):
+    """What the pager is doing."""
+
+    IDLE = lib.QPC_PAGER_IDLE
+    SERVING = lib.QPC_PAGER_SERVING
+    COMPLETE = lib.QPC_PAGER_COMPLETE
+    MAPPER_GONE = lib.QPC_PAGER_MAPPER_GONE
+
+
+@dataclass(frozen=True)
+class PagerBlock:
+    """One RAM block to serve.
+
+    Sizes and ``source_offset`` are in bytes, ``address`` is the mapper's.  ``source_fd`` holds the
+    block's bytes from ``source_offset`` on; ``data_bitmap`` has one bit per page, least significant
+    first, 0 where the page is known to be zero.
+    """
+
+    name: str
+    address: int
+    length: int
+    page_size: int
+    source_fd: int
+    source_offset: int
+    data_bitmap: bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counters since the pager was made; see ``struct qpc_pager_statistics`` for each.
+
+    Times ending in ``_ns`` are CLOCK_MONOTONIC nanoseconds, 0 for "not yet".  ``latency_us[i]``
+    counts faults answered in less than 2**i microseconds (and at least half of that) after they
+    were read; ``timeline[i]`` the faults read in the i-th hundredth of a second.
+    """
+
+    state: PagerState
+    faults: int
+    faults_waiting: int
+    pages_total: int
+    pages_data: int
+    pages_data_missing: int
+    pages_demand: int
+    pages_background: int
+    pages_zero: int
+    pages_removed: int
+    bytes_read: int
+    already_present: int
+    retries: int
+    events_remove: int
+    events_unmap: int
+    events_other: int
+    wakes: int
+    source_errors: int
+    fill_errors: int
+    last_error: int
+    last_error_block: int
+    last_error_page: int
+    spins_hit: int
+    spins_missed: int
+    started_ns: int
+    first_fault_ns: int
+    last_fault_ns: int
+    complete_ns: int
+    latency_us: tuple[int, ...]
+    timeline: tuple[int, ...]
+
+    @property
+    def present_share(self) -> float:
+        """Share of the data pages that are present, 0.0 to 1.0."""
+        if not self.pages_data:
+            return 1.0
+        return 1.0 - self.pages_data_missing / self.pages_data
+
+
+SCALARS = [name for name in Statistics.__dataclass_fields__ if name not in ("latency_us", "timeline")]
+
+
+class Pager:
+    """Serves the faults of one userfaultfd from the moment of :meth:`start`.
+
+    Args:
+        userfaultfd: registered for all the blocks, non-blocking; stays the caller's.
+        blocks: what to serve; the ledger has an entry for each.
+        chunk_size: bytes filled around a fault, a power of two from 4 KiB to 2 MiB (a page of the
+            block where that is larger).
+        background: fill the rest while nobody waits.
+        background_rate: bytes per second, 0 for no limit.
+        spin_limit_us: longest poll for the next fault, 0 for none.
+
+    Raises:
+        UsageError: a size or address that cannot be.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: int,
+        blocks: Sequence[PagerBlock],
+        ledger: Ledger,
+        *,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+        background: bool = True,
+        background_rate: int = 0,
+        spin_limit_us: int = DEFAULT_SPIN_LIMIT_US,
+    ) -> None:
+        self.blocks = list(blocks)
+        self._buffers: list[Any] = []
+        structs = ffi.new("struct qpc_pager_block[]", len(self.blocks))
+        states = ffi.from_buffer("uint8_t[]", ledger.mapping, require_writable=True)
+        self._buffers.append(states)
+        for struct, block in zip(structs, self.blocks, strict=True):
+            bitmap = ffi.from_buffer("uint8_t[]", block.data_bitmap)
+            self._buffers.append(bitmap)
+            if len(bitmap) * 8 < block.length // block.page_size:
+                raise ValueError(f"the bitmap of block {block.name} is too short")
+            struct.address = block.address
+            struct.length = block.length
+            struct.page_size = block.page_size
+            struct.source_fd = block.source_fd
+            struct.source_offset = block.source_offset
+            struct.data_bitmap = bitmap
+            struct.ledger = states + ledger.block(block.name).offset
+        options = ffi.new("struct qpc_pager_options *")
+        options.userfaultfd = userfaultfd
+        options.chunk_size = chunk_size
+        options.background = background
+        options.background_rate = background_rate
+        options.spin_limit_us = spin_limit_us
+        error = new_error()
+        self._pager = lib.qpc_pager_create(options, structs, len(self.blocks), error)
+        if self._pager == ffi.NULL:
+            raise_error(error)
+
+    def start(self) -> None:
+        """Starts the thread; faults are served from now on."""
+        error = new_error()
+        check(lib.qpc_pager_start(self._pager, error), error)
+
+    def stop(self) -> None:
+        """Ends the thread; faults wait until :meth:`start` is called again.  No data is lost."""
+        error = new_error()
+        check(lib.qpc_pager_stop(self._pager, error), error)
+
+    def close(self) -> None:
+        """Stops and frees.  Does not unregister: faults wait for whoever takes over."""
+        if self._pager != ffi.NULL:
+            lib.qpc_pager_destroy(self._pager)
+            self._pager = ffi.NULL
+            for buffer in self._buffers:
+                ffi.release(buffer)
+            self._buffers.clear()
+
+    def set_background(self, enabled: bool, rate: int = 0) -> None:
+        """Turns filling in the background on or off; ``rate`` in bytes per second, 0 = no limit."""
+        lib.qpc_pager_set_background(self._pager, enabled, rate)
+
+    def notify_fd(self) -> int:
+        """Readable when the state changed, or errors began or ended; read 8 bytes to reset."""
+        return int(lib.qpc_pager_notify_fd(self._pager))
+
+    def thread_id(self) -> int:
+        """For ``os.sched_setaffinity``; 0 while stopped."""
+        return int(lib.qpc_pager_thread_id(self._pager))
+
+    def statistics(self) -> Statistics:
+        """The counters, each right by itself; cheap, and never waits for the pager."""
+        raw = ffi.new("struct qpc_pager_statistics *")
+        lib.qpc_pager_read_statistics(self._pager, raw)
+        values = {name: int(getattr(raw, name)) for name in SCALARS}
+        timeline = list(raw.timeline)
+        while timeline and timeline[-1] == 0:
+            timeline.pop()
+        return Statistics(
+            **{**values, "state": PagerState(values["state"])},  # type: ignore[arg-type]
+            latency_us=tuple(raw.latency_us),
+            timeline=tuple(timeline),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
