@@ -1,0 +1,551 @@
+#define _GNU_SOURCE
+#include "inject.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "uffd.h"
+
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
+
+int qpc_fd_take(int pidfd, int remote_fd, struct qpc_error *err)
+{
+    int fd = (int)syscall(SYS_pidfd_getfd, pidfd, remote_fd, 0);
+
+    if (fd >= 0)
+        return fd;
+    if (errno == ESRCH)
+        return qpc_error_set(err, QPC_GONE, errno, "the process has exited");
+    if (errno == ENOSYS)
+        return qpc_error_set(err, QPC_UNSUPPORTED, errno, "pidfd_getfd(2) needs Linux 5.6");
+    return qpc_error_set(err, errno == EPERM ? QPC_REFUSED : QPC_SYSTEM, errno,
+                         "cannot take descriptor %d over (pidfd_getfd)", remote_fd);
+}
+
+int qpc_capability_drop_ptrace(struct qpc_error *err)
+{
+    struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
+    struct __user_cap_data_struct sets[_LINUX_CAPABILITY_U32S_3];
+    const uint32_t keep = ~CAP_TO_MASK(CAP_SYS_PTRACE);
+
+    if (syscall(SYS_capget, &header, sets) < 0)
+        return qpc_error_set(err, QPC_SYSTEM, errno, "capget failed");
+    sets[CAP_TO_INDEX(CAP_SYS_PTRACE)].effective &= keep;
+    sets[CAP_TO_INDEX(CAP_SYS_PTRACE)].permitted &= keep;
+    sets[CAP_TO_INDEX(CAP_SYS_PTRACE)].inheritable &= keep;
+    if (syscall(SYS_capset, &header, sets) < 0)
+        return qpc_error_set(err, QPC_SYSTEM, errno, "cannot drop CAP_SYS_PTRACE (capset)");
+    return 0;
+}
+
+#if (defined(__x86_64__) && !defined(__ILP32__)) || (defined(__aarch64__) && defined(__LP64__))
+
+static const char device_path[32] = "/dev/userfaultfd";
+
+/* The System V ABI lets a leaf function use 128 bytes below the stack pointer (x86-64). */
+enum { RED_ZONE_BYTES = 128, VDSO_MAX_BYTES = 1 << 20, GRACE_MS = 1000 };
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* ---- what differs between the architectures ---- */
+
+#if defined(__x86_64__)
+
+typedef struct user_regs_struct registers;
+static const unsigned char syscall_instruction[] = { 0x0f, 0x05 };
+enum { INSTRUCTION_ALIGNMENT = 1 };
+
+static uint64_t stack_pointer(const registers *regs)
+{
+    return regs->rsp;
+}
+
+static void prepare_call(registers *regs, uint64_t at, long number, const uint64_t args[4])
+{
+    regs->rip = at;
+    regs->rax = (uint64_t)number;
+    /* No restart of whatever call was interrupted: that waits until our registers are gone. */
+    regs->orig_rax = (uint64_t)-1;
+    regs->rdi = args[0];
+    regs->rsi = args[1];
+    regs->rdx = args[2];
+    regs->r10 = args[3];
+}
+
+static int64_t call_result(const registers *regs)
+{
+    return (int64_t)regs->rax;
+}
+
+/* orig_rax is part of the set: the interrupted call restarts as if nothing had happened. */
+static int restore_call_state(pid_t tid)
+{
+    (void)tid;
+    return 0;
+}
+
+#else
+
+typedef struct user_pt_regs registers;
+static const unsigned char syscall_instruction[] = { 0x01, 0x00, 0x00, 0xd4 }; /* svc #0 */
+enum { INSTRUCTION_ALIGNMENT = 4 };
+#ifndef NT_ARM_SYSTEM_CALL
+#define NT_ARM_SYSTEM_CALL 0x404
+#endif
+
+static uint64_t stack_pointer(const registers *regs)
+{
+    return regs->sp;
+}
+
+static void prepare_call(registers *regs, uint64_t at, long number, const uint64_t args[4])
+{
+    regs->pc = at;
+    regs->regs[8] = (uint64_t)number;
+    for (int i = 0; i < 4; i++)
+        regs->regs[i] = args[i];
+}
+
+static int64_t call_result(const registers *regs)
+{
+    return (int64_t)regs->regs[0];
+}
+
+/*
+ * arm64 winds an interrupted call back (pc on the svc, x0 as it was) before the tracer sees the
+ * stop, so restoring the registers restarts it; a call that would go on by restart_syscall(2)
+ * begins its time limit anew. Left to do: no call of ours may count as interrupted.
+ */
+static int restore_call_state(pid_t tid)
+{
+    int none = -1;
+    struct iovec set = { &none, sizeof(none) };
+
+    return ptrace(PTRACE_SETREGSET, tid, NT_ARM_SYSTEM_CALL, &set) < 0 ? -1 : 0;
+}
+
+#endif
+
+/* ---- before the stop: a system call instruction in the target's own code ---- */
+
+/* Looks for one in [start, end) of the target; 0 if there is none. */
+static uint64_t search_range(int memory, uint64_t start, uint64_t end)
+{
+    size_t length = end - start < VDSO_MAX_BYTES ? end - start : VDSO_MAX_BYTES;
+    unsigned char *code = malloc(length);
+    uint64_t found = 0;
+    ssize_t got;
+
+    if (!code)
+        return 0;
+    got = pread(memory, code, length, (off_t)start);
+    for (ssize_t i = 0; i + (ssize_t)sizeof(syscall_instruction) <= got;
+         i += INSTRUCTION_ALIGNMENT) {
+        if (memcmp(code + i, syscall_instruction, sizeof(syscall_instruction)) == 0) {
+            found = start + (uint64_t)i;
+            break;
+        }
+    }
+    free(code);
+    return found;
+}
+
+/* The vDSO has one in every process that has a vDSO; else the C library or the program itself. */
+static uint64_t find_instruction(int pid, int memory)
+{
+    uint64_t found = 0;
+    char path[64];
+    char *line = NULL;
+    size_t size = 0;
+
+    snprintf(path, sizeof(path), "/proc/%d/maps", pid);
+    for (int vdso = 1; vdso >= 0 && !found; vdso--) {
+        FILE *maps = fopen(path, "re");
+
+        if (!maps)
+            break;
+        while (!found && getline(&line, &size, maps) > 0) {
+            unsigned long start, end;
+            char permissions[5];
+
+            if (sscanf(line, "%lx-%lx %4s", &start, &end, permissions) != 3)
+                continue;
+            if (permissions[0] != 'r' || permissions[2] != 'x')
+                continue;
+            if (vdso == (strstr(line, "[vdso]") != NULL))
+                found = search_range(memory, start, end);
+        }
+        fclose(maps);
+    }
+    free(line);
+    return found;
+}
+
+/* ---- the child: async-signal-safe calls only ---- */
+
+struct request {
+    int pid, pidfd, memory, count, per_thread_ms;
+    const int *tids;
+    uint64_t instruction, deadline_ns;
+};
+
+/* What the child tells its parent; lies in a shared page. */
+struct answer {
+    struct qpc_injection injection;
+    struct qpc_error error;
+    int result;
+    bool complete;
+};
+
+enum attempt { ATTEMPT_DONE, ATTEMPT_NEXT_THREAD, ATTEMPT_FAILED };
+
+static bool target_exited(int pidfd)
+{
+    struct pollfd end = { .fd = pidfd, .events = POLLIN };
+
+    return poll(&end, 1, 0) > 0;
+}
+
+static bool is_thread_of(int pid, int tid)
+{
+    char path[64];
+
+    snprintf(path, sizeof(path), "/proc/%d/task/%d", pid, tid);
+    return access(path, F_OK) == 0;
+}
+
+static bool is_interrupt_stop(int status)
+{
+    /* With PTRACE_SEIZE this is also how a stop by SIGSTOP shows; the thread goes back to it. */
+    return WIFSTOPPED(status) && (status >> 16) == PTRACE_EVENT_STOP;
+}
+
+/* Waits until the seized thread stands still. 0, or -1 where it does not, or has ended. */
+static int wait_stopped(pid_t tid, uint64_t deadline_ns)
+{
+    struct timespec pause = { .tv_nsec = 10000 };
+
+    if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) < 0)
+        return -1;
+    for (;;) {
+        int status;
+        pid_t got = waitpid(tid, &status, WNOHANG | __WALL);
+
+        if (got < 0 || (got == tid && !WIFSTOPPED(status)))
+            return -1;
+        if (got == tid && is_interrupt_stop(status))
+            return 0;
+        if (got == tid) {
+            /* A signal was faster and has used our interrupt up: let it through, ask again. */
+            if (ptrace(PTRACE_CONT, tid, 0, WSTOPSIG(status)) < 0 ||
+                ptrace(PTRACE_INTERRUPT, tid, 0, 0) < 0)
+                return -1;
+            continue;
+        }
+        if (now_ns() >= deadline_ns)
+            return -1;
+        nanosleep(&pause, NULL);
+        if (pause.tv_nsec < 1000000)
+            pause.tv_nsec *= 2;
+    }
+}
+
+static int get_registers(pid_t tid, registers *regs)
+{
+    struct iovec set = { regs, sizeof(*regs) };
+
+    if (ptrace(PTRACE_GETREGSET, tid, NT_PRSTATUS, &set) < 0)
+        return -1;
+    /* A 32-bit program has a smaller set. */
+    if (set.iov_len != sizeof(*regs)) {
+        errno = ENOEXEC;
+        return -1;
+    }
+    return 0;
+}
+
+static int set_registers(pid_t tid, const registers *regs)
+{
+    struct iovec set = { (void *)regs, sizeof(*regs) };
+
+    return ptrace(PTRACE_SETREGSET, tid, NT_PRSTATUS, &set) < 0 ? -1 : 0;
+}
+
+/*
+ * Runs one system call in the stopped thread: it stops at the entry and at the exit. There is no
+ * time limit here: to go away in the middle would leave the thread with our registers, and none
+ * of the calls made sleeps. Returns what the kernel answered, or -ESRCH when the thread died.
+ */
+static int64_t call_in_target(pid_t tid, const registers *saved, uint64_t at, long number,
+                              const uint64_t args[4])
+{
+    registers regs = *saved;
+    int stops = 0;
+
+    prepare_call(&regs, at, number, args);
+    if (set_registers(tid, &regs) < 0)
+        return -ESRCH;
+    while (stops < 2) {
+        int status;
+        pid_t got;
+
+        if (ptrace(PTRACE_SYSCALL, tid, 0, 0) < 0)
+            return -ESRCH;
+        do
+            got = waitpid(tid, &status, __WALL);
+        while (got < 0 && errno == EINTR);
+        if (got < 0 || !WIFSTOPPED(status))
+            return -ESRCH;
+        /* PTRACE_O_TRACESYSGOOD marks system call stops; a SIGSTOP may still come in between. */
+        if (WSTOPSIG(status) == (SIGTRAP | 0x80))
+            stops++;
+    }
+    return get_registers(tid, &regs) < 0 ? -ESRCH : call_result(&regs);
+}
+
+/* The calls themselves. Returns the new descriptor's number, or -1 with both errno values set. */
+static int open_in_target(pid_t tid, const registers *saved, uint64_t at, uint64_t path,
+                          struct qpc_injection *injection)
+{
+    const uint64_t flags = O_CLOEXEC | O_NONBLOCK;
+    const uint64_t open_args[4] = { (uint64_t)AT_FDCWD, path, O_RDWR | O_CLOEXEC, 0 };
+    int64_t device = call_in_target(tid, saved, at, SYS_openat, open_args);
+    int64_t uffd = device;
+
+    if (device >= 0) {
+        const uint64_t new_args[4] = { (uint64_t)device, USERFAULTFD_IOC_NEW, flags, 0 };
+        const uint64_t close_args[4] = { (uint64_t)device, 0, 0, 0 };
+
+        uffd = call_in_target(tid, saved, at, SYS_ioctl, new_args);
+        call_in_target(tid, saved, at, SYS_close, close_args);
+    }
+    if (uffd >= 0)
+        return (int)uffd;
+    injection->device_errno = (int)-uffd;
+    uffd = call_in_target(tid, saved, at, SYS_userfaultfd, (const uint64_t[4]){ flags });
+    if (uffd >= 0)
+        return (int)uffd;
+    injection->syscall_errno = (int)-uffd;
+    return -1;
+}
+
+/* With the thread standing still: lend its stack and registers, run the calls, give all back. */
+static enum attempt work_in_stopped(const struct request *request, pid_t tid,
+                                    struct answer *answer)
+{
+    struct qpc_injection *injection = &answer->injection;
+    uint64_t saved_mask, every_signal = ~(uint64_t)0;
+    char saved_bytes[sizeof(device_path)];
+    registers saved;
+    uint64_t path;
+    int restored;
+
+    if (get_registers(tid, &saved) < 0) {
+        qpc_error_set(&answer->error, errno == ENOEXEC ? QPC_UNSUPPORTED : QPC_GONE,
+                      errno == ENOEXEC ? 0 : errno, "%s",
+                      errno == ENOEXEC ? "the target is a 32-bit program"
+                                       : "the thread ended while it was looked at");
+        return ATTEMPT_FAILED;
+    }
+    /* Aligned to its own size, so that it lies in one page. */
+    path = (stack_pointer(&saved) - RED_ZONE_BYTES - sizeof(device_path)) &
+           ~(uint64_t)(sizeof(device_path) - 1);
+    if (pread(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)path) !=
+            (ssize_t)sizeof(saved_bytes) ||
+        ptrace(PTRACE_GETSIGMASK, tid, sizeof(saved_mask), &saved_mask) < 0 ||
+        ptrace(PTRACE_SETSIGMASK, tid, sizeof(every_signal), &every_signal) < 0)
+        return ATTEMPT_NEXT_THREAD;
+    if (pwrite(request->memory, device_path, sizeof(device_path), (off_t)path) ==
+        (ssize_t)sizeof(device_path))
+        injection->remote_fd =
+            open_in_target(tid, &saved, request->instruction, path, injection);
+    else
+        injection->device_errno = injection->syscall_errno = errno;
+    restored = pwrite(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)path) ==
+               (ssize_t)sizeof(saved_bytes);
+    restored &= ptrace(PTRACE_SETSIGMASK, tid, sizeof(saved_mask), &saved_mask) == 0;
+    restored &= set_registers(tid, &saved) == 0 && restore_call_state(tid) == 0;
+    if (!restored) {
+        qpc_error_set(&answer->error, QPC_GONE, 0, "thread %d died during the attach", tid);
+        return ATTEMPT_FAILED;
+    }
+    if (injection->remote_fd < 0) {
+        qpc_error_set(&answer->error, QPC_REFUSED, injection->device_errno,
+                      "the target may not open a userfaultfd");
+        return ATTEMPT_FAILED;
+    }
+    return ATTEMPT_DONE;
+}
+
+static enum attempt try_thread(const struct request *request, pid_t tid, struct answer *answer)
+{
+    struct qpc_injection *injection = &answer->injection;
+    uint64_t started = now_ns(), stopped;
+    uint64_t deadline = started + (uint64_t)request->per_thread_ms * 1000000u;
+    enum attempt attempt;
+
+    if (ptrace(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD) < 0) {
+        if (errno == ESRCH)
+            return ATTEMPT_NEXT_THREAD; /* ended since it was listed */
+        qpc_error_set(&answer->error, errno == EPERM ? QPC_REFUSED : QPC_SYSTEM, errno,
+                      "cannot trace process %d", request->pid);
+        return ATTEMPT_FAILED;
+    }
+    /* Seized, its id cannot pass to another any more, so now the question has an answer. */
+    if (target_exited(request->pidfd) || !is_thread_of(request->pid, tid))
+        return ATTEMPT_NEXT_THREAD;
+    if (wait_stopped(tid, deadline < request->deadline_ns ? deadline : request->deadline_ns) < 0)
+        return ATTEMPT_NEXT_THREAD;
+    stopped = now_ns();
+    injection->tid = tid;
+    injection->wait_ns = stopped - started;
+    attempt = work_in_stopped(request, tid, answer);
+    ptrace(PTRACE_DETACH, tid, 0, 0);
+    injection->stop_ns = now_ns() - stopped;
+    return attempt;
+}
+
+static int try_threads(const struct request *request, struct answer *answer)
+{
+    answer->injection.remote_fd = -1;
+    for (int i = 0; i < request->count && now_ns() < request->deadline_ns; i++) {
+        answer->injection.threads_tried++;
+        switch (try_thread(request, request->tids[i], answer)) {
+        case ATTEMPT_DONE:
+            return 0;
+        case ATTEMPT_FAILED:
+            return -1;
+        case ATTEMPT_NEXT_THREAD:
+            break;
+        }
+    }
+    if (target_exited(request->pidfd))
+        return qpc_error_set(&answer->error, QPC_GONE, 0, "process %d has exited", request->pid);
+    return qpc_error_set(&answer->error, QPC_TIMEOUT, 0,
+                         "none of %d threads of process %d could be stopped in time",
+                         answer->injection.threads_tried, request->pid);
+}
+
+/* ---- the caller's side ---- */
+
+/* Runs try_threads in a child and waits for it. */
+static int run_child(const struct request *request, struct answer *answer, int total_ms,
+                     struct qpc_error *err)
+{
+    sigset_t every_signal, before;
+    struct pollfd end = { .events = POLLIN };
+    int ready;
+    pid_t child;
+
+    sigfillset(&every_signal);
+    pthread_sigmask(SIG_SETMASK, &every_signal, &before);
+    child = fork();
+    if (child == 0) {
+        answer->result = try_threads(request, answer);
+        __atomic_store_n(&answer->complete, true, __ATOMIC_RELEASE);
+        _exit(0);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (child < 0)
+        return qpc_error_set(err, QPC_SYSTEM, errno, "cannot fork");
+    end.fd = (int)syscall(SYS_pidfd_open, child, 0);
+    do
+        ready = poll(&end, end.fd >= 0, total_ms + GRACE_MS);
+    while (ready < 0 && errno == EINTR);
+    if (end.fd >= 0)
+        close(end.fd);
+    if (ready <= 0 && !__atomic_load_n(&answer->complete, __ATOMIC_ACQUIRE))
+        return qpc_error_set(err, QPC_TIMEOUT, 0,
+                             "thread %d is held up inside a system call; process %d puts its "
+                             "registers back as soon as it goes on",
+                             answer->injection.tid, child);
+    while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+        ;
+    if (!__atomic_load_n(&answer->complete, __ATOMIC_ACQUIRE))
+        return qpc_error_set(err, QPC_SYSTEM, 0, "the tracing child was killed");
+    return 0;
+}
+
+int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
+                           int total_ms, struct qpc_injection *out, struct qpc_error *err)
+{
+    struct request request = { .pid = pid, .pidfd = pidfd, .tids = tids, .count = count,
+                               .per_thread_ms = per_thread_ms };
+    struct answer *answer;
+    char path[64];
+    int result = -1;
+
+    memset(out, 0, sizeof(*out));
+    out->remote_fd = -1;
+    if (pid <= 0 || count <= 0 || per_thread_ms <= 0 || total_ms <= 0)
+        return qpc_error_set(err, QPC_INVALID, 0, "a PID, threads and time limits are needed");
+    if (target_exited(pidfd))
+        return qpc_error_set(err, QPC_GONE, 0, "process %d has exited", pid);
+    snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+    request.memory = open(path, O_RDWR | O_CLOEXEC);
+    if (request.memory < 0) {
+        if (errno == ENOENT || errno == ESRCH)
+            return qpc_error_set(err, QPC_GONE, errno, "process %d has exited", pid);
+        return qpc_error_set(err, QPC_REFUSED, errno, "cannot open the memory of process %d", pid);
+    }
+    answer = mmap(NULL, sizeof(*answer), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    request.instruction = find_instruction(pid, request.memory);
+    if (answer == MAP_FAILED) {
+        qpc_error_set(err, QPC_SYSTEM, errno, "no memory");
+    } else if (!request.instruction) {
+        qpc_error_set(err, QPC_UNSUPPORTED, 0, "no system call instruction found in process %d",
+                      pid);
+    } else {
+        request.deadline_ns = now_ns() + (uint64_t)total_ms * 1000000u;
+        result = run_child(&request, answer, total_ms, err);
+        *out = answer->injection;
+        if (result == 0) {
+            result = answer->result;
+            if (result < 0 && err)
+                *err = answer->error;
+        }
+    }
+    if (answer != MAP_FAILED)
+        munmap(answer, sizeof(*answer));
+    close(request.memory);
+    return result;
+}
+
+#else
+
+int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
+                           int total_ms, struct qpc_injection *out, struct qpc_error *err)
+{
+    return qpc_error_set(err, QPC_UNSUPPORTED, 0,
+                         "ptrace injection is written for 64-bit x86 and ARM only");
+}
+
+#endif
