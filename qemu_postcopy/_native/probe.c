@@ -64,21 +64,37 @@ int qpc_probe_userfaultfd(int way, uint64_t *features, struct qpc_error *err)
 }
 
 /*
- * A process that does nothing until it is killed, and never outlives the thread that made it. Only
- * async-signal-safe calls between fork and _exit: the caller may have other threads.
+ * A process that does nothing until it is killed, and never outlives the thread that made it. It is
+ * made dumpable, as every program is after execve(2): a copy of a process that has changed its user
+ * id is not, and ptrace(2) then asks for a capability. Only async-signal-safe calls between fork and
+ * _exit: the caller may have other threads.
  */
 static pid_t start_target(void)
 {
-    pid_t parent = getpid();
-    pid_t pid = fork();
+    pid_t parent = getpid(), pid;
+    int ready[2], errnum;
+    char byte;
 
+    if (pipe2(ready, O_CLOEXEC) < 0)
+        return -1;
+    pid = fork();
+    errnum = errno;
     if (pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
+        prctl(PR_SET_DUMPABLE, 1);
         if (getppid() != parent)
             _exit(0);
+        close(ready[0]);
+        close(ready[1]);
         for (;;)
             pause();
     }
+    close(ready[1]);
+    /* The end of the pipe says that the child is as it should be. */
+    while (pid > 0 && read(ready[0], &byte, 1) < 0 && errno == EINTR)
+        ;
+    close(ready[0]);
+    errno = errnum;
     return pid;
 }
 
