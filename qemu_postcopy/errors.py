@@ -135,3 +135,10 @@ class ContentError(PostcopyError):
     """Guest memory was found different from what it must be (demo, verify)."""
 
     exit_code = 12
+
+
+class OperationCancelledError(PostcopyError):
+    """The caller asked for the end of an operation; what it had begun was taken back."""
+
+    exit_code = 130
+    retryable = True
