@@ -1,0 +1,8 @@
+"""Test guests: images built from the distribution's own packages, and what they say on the console.
+
+- ``builder``: makes (and caches) a kernel and an initramfs with our guest programs;
+- ``guest_image``: what was made, and the kernel command line that tells the guest what to do;
+- ``console``: the guest's lines as typed records;
+- ``qemu_versions``: another QEMU version beside the host's own;
+- ``commands``: all that on the command line (``python -m qemu_postcopy.images``).
+"""
