@@ -40,7 +40,8 @@ def write_cpio(entries: Mapping[str, Entry]) -> bytes:
     """The archive of `entries` (relative path to entry), uncompressed.
 
     Sorted by path, which also puts a directory before what it holds; every time and owner is 0,
-    inode numbers count from 1.  Raises ValueError for an absolute path or one without its directory.
+    inode numbers count from 1.  Raises ValueError for an absolute path, or one whose directory is
+    not in the archive.
     """
     archive = bytearray()
     for inode, path in enumerate(sorted(entries), start=1):
