@@ -1,0 +1,172 @@
+"""Taking a userfaultfd out of a running QEMU: the one step that needs ptrace rights.
+
+A thread of QEMU is stopped for a fraction of a millisecond and opens the descriptor; a copy of it
+comes over here, the original stays open in QEMU, so that the guest freezes rather than runs on
+with zero pages if nobody serves it.  Registration is the pager's.  Blocks for at most
+TOTAL_LIMIT_MS plus a second; any thread may run it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_postcopy._native import check, ffi, lib, new_error
+from qemu_postcopy.errors import AttachError, AttachTimeoutError, PostcopyError, TargetGoneError
+from qemu_postcopy.vm.process import ProcessIdentity, Thread
+
+PER_THREAD_LIMIT_MS = 50
+TOTAL_LIMIT_MS = 2000
+DEVICE = Path("/dev/userfaultfd")
+SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
+YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+CAP_SYS_PTRACE = 19
+
+# Named threads (QEMU names them from 9.1 on, before that with `-name debug-threads=on`): first
+# those that do no guest work, last the vCPUs.
+PREFERRED_THREAD = re.compile(r"call_rcu|worker|IO .*|io.*|gmain|gdbus|pool.*")
+VCPU_THREAD = re.compile(r"CPU .*")
+
+
+@dataclass(frozen=True)
+class TakenDescriptor:
+    """A userfaultfd of QEMU's memory.
+
+    Attributes: descriptor, here, owned by the caller; remote_descriptor, its number in QEMU; tid,
+    the thread that opened it; wait_ns until it stood still; stop_ns while it stood still.
+    """
+
+    descriptor: int
+    remote_descriptor: int
+    tid: int
+    wait_ns: int
+    stop_ns: int
+
+
+def thread_order(threads: Iterable[Thread], pid: int) -> list[int]:
+    """Thread ids in the order in which they are tried.
+
+    Helpers first, then the main thread, vCPUs last.  Without names: QEMU creates `call_rcu` before
+    all others (rcu_init is a constructor), so the oldest thread beside the main one comes first,
+    and the main thread second.
+    """
+    ordered = sorted(threads, key=lambda thread: thread.tid)
+    others = [thread for thread in ordered if thread.tid != pid]
+
+    def rank(thread: Thread) -> int:
+        if PREFERRED_THREAD.fullmatch(thread.name):
+            return 0
+        if thread.tid == pid:
+            return 2
+        if VCPU_THREAD.match(thread.name):
+            return 4
+        return 1 if others and thread is others[0] else 3
+
+    return [thread.tid for thread in sorted(ordered, key=rank)]
+
+
+def take_userfaultfd(identity: ProcessIdentity) -> TakenDescriptor:
+    """Opens a userfaultfd in QEMU and takes a copy of it.
+
+    Raises:
+        TargetGoneError: the process died, or the PID is another's now.
+        AttachTimeoutError: no thread could be stopped; nothing was changed.
+        AttachError: a right is missing (the hint says which), or the process is no QEMU.
+    """
+    identity.require_qemu()
+    tids = thread_order(identity.threads(), identity.pid)
+    injection = ffi.new("struct qpc_injection *")
+    error = new_error()
+    result = lib.qpc_inject_userfaultfd(
+        identity.pid,
+        identity.pidfd,
+        tids,
+        len(tids),
+        PER_THREAD_LIMIT_MS,
+        TOTAL_LIMIT_MS,
+        injection,
+        error,
+    )
+    try:
+        check(result, error)
+        descriptor = check(lib.qpc_fd_take(identity.pidfd, injection.remote_fd, error), error)
+    except TargetGoneError:
+        raise
+    except AttachTimeoutError as failure:
+        failure.vm = identity.pid
+        failure.hint = (
+            "Its threads wait for memory that nobody serves, or the process is frozen: "
+            "look whether a sidecar of this guest is still alive."
+        )
+        raise
+    except PostcopyError as failure:
+        raise _explained(failure, identity, injection) from failure
+    return TakenDescriptor(
+        descriptor=descriptor,
+        remote_descriptor=injection.remote_fd,
+        tid=injection.tid,
+        wait_ns=injection.wait_ns,
+        stop_ns=injection.stop_ns,
+    )
+
+
+# injection is a cffi struct, which has no type of its own
+def _explained(failure: PostcopyError, identity: ProcessIdentity, injection: object) -> AttachError:
+    """The same failure, with the right that is missing and how to get it."""
+    device_errno: int = getattr(injection, "device_errno", 0)
+    syscall_errno: int = getattr(injection, "syscall_errno", 0)
+    message, hint = failure.message, failure.hint
+    if device_errno:
+        message = (
+            f"QEMU (PID {identity.pid}) may not open a userfaultfd: {DEVICE}: "
+            f"{os.strerror(device_errno)}; userfaultfd(2): {os.strerror(syscall_errno)}"
+        )
+        hint = _device_hint(device_errno)
+    elif isinstance(failure.__cause__, OSError):
+        hint = _ptrace_hint(identity)
+    return AttachError(message, hint=hint, vm=identity.pid)
+
+
+def _device_hint(device_errno: int) -> str:
+    if device_errno in (errno.EMFILE, errno.ENFILE):
+        return "Raise QEMU's limit of open files (ulimit -n, LimitNOFILE=)."
+    if device_errno == errno.ENOENT:
+        return (
+            f"Give QEMU {DEVICE} in its own /dev (Linux 6.1 or newer; libvirt: "
+            f"cgroup_device_acl in qemu.conf), or set sysctl vm.unprivileged_userfaultfd=1."
+        )
+    return (
+        f"Give QEMU's user access to {DEVICE} (a group and mode 0660, by a udev rule), or set "
+        "sysctl vm.unprivileged_userfaultfd=1."
+    )
+
+
+def _ptrace_hint(identity: ProcessIdentity) -> str:
+    tracer = _status_field(identity.pid, "TracerPid")
+    if tracer not in ("", "0"):
+        return f"Process {tracer} is tracing it (a debugger?): end that first."
+    if int(_status_field(os.getpid(), "CapEff") or "0", 16) >> CAP_SYS_PTRACE & 1:
+        return (
+            "CAP_SYS_PTRACE is there, so it is a security module, or a process of an outer user "
+            "namespace: run in the same one as QEMU."
+        )
+    scope = YAMA.read_text().strip() if YAMA.exists() else "0"
+    if scope in ("1", "2", "3"):
+        return (
+            f"Yama allows no tracing (kernel.yama.ptrace_scope={scope}): run as root with "
+            "CAP_SYS_PTRACE" + ("." if scope != "3" else "; scope 3 lasts until the next boot.")
+        )
+    return "Run as root with CAP_SYS_PTRACE, or as the user that QEMU runs as."
+
+
+def _status_field(pid: int, name: str) -> str:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return ""
+    match = re.search(rf"^{name}:\s*(\S+)", text, re.MULTILINE)
+    return match[1] if match else ""

@@ -1,0 +1,285 @@
+"""Where guest memory lies: the RAM blocks to be paged, their addresses in QEMU, what backs them.
+
+Runs after the attach's rights are clear and before anything is registered, in the caller's event
+loop.  QEMU is asked (which blocks, how large, where) and the kernel must agree (/proc/PID/maps):
+an address that is not certain is refused, since a wrong one would overwrite something else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qemu_postcopy.errors import AttachError, QmpError
+from qemu_postcopy.vm.process import FileKey, Mapping, ProcessIdentity
+from qemu_postcopy.vm.qmp import Qmp
+
+Backing = Literal["anonymous", "memfd", "file", "hugetlb"]
+
+# `info ramblock`, a line per block: name, page size, offset, used length, maximal length, and from
+# QEMU 8.1 on the address in QEMU ("HVA") and a column for read-only blocks.
+RAMBLOCK_LINE = re.compile(
+    r"\s*(\S.*?)\s+(\d+) (B|KiB|MiB|GiB)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)"
+    r"(?:\s+0x([0-9a-f]+)(?:\s+\w+)?)?\s*"
+)
+# `info mtree -f`: first-last guest physical address (prio N, kind): region [@offset in it]
+FLAT_RANGE_LINE = re.compile(
+    r"\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ([^)]+)\): (.*?)(?: @([0-9a-f]{16}))?(?: KVM)?"
+)
+HOST_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((.*)\) is 0x([0-9a-f]+)\s*")
+UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+#: File systems whose shared mappings a userfaultfd can control (vma_can_userfault in the kernel).
+CONTROLLABLE = ("tmpfs", "devtmpfs", "hugetlbfs")
+
+
+@dataclass(frozen=True)
+class RamBlock:
+    """One RAM block of QEMU's that belongs to a memory back-end.
+
+    Attributes:
+        name: QEMU's name of it (RAMBlock idstr), as in the migration stream.
+        backend_id: the memory back-end's id.
+        address: of its first byte, in QEMU's address space.
+        size_bytes, page_size_bytes: of the block, of one page of its back-end.
+        backing: what kind of memory.
+        shared: whether QEMU maps it shared.
+        file_key: device and inode, None for anonymous memory.
+        file_path: a path in /proc that opens that file from here, None for anonymous memory.
+        file_offset_bytes: where in the file the block begins.
+    """
+
+    name: str
+    backend_id: str
+    address: int
+    size_bytes: int
+    page_size_bytes: int
+    backing: Backing
+    shared: bool
+    file_key: FileKey | None
+    file_path: str | None
+    file_offset_bytes: int
+
+
+@dataclass(frozen=True)
+class ListedBlock:
+    """A line of `info ramblock`. address: None before QEMU 8.1."""
+
+    name: str
+    page_size_bytes: int
+    size_bytes: int
+    address: int | None
+
+
+@dataclass(frozen=True)
+class FlatRange:
+    """A range of guest physical memory and the region behind it; all in bytes."""
+
+    guest_address: int
+    size_bytes: int
+    kind: str
+    region: str
+    region_offset_bytes: int
+
+
+def parse_ramblocks(text: str) -> list[ListedBlock]:
+    """The answer to `info ramblock`. Raises QmpError for a line that is not understood."""
+    blocks = []
+    for line in text.splitlines()[1:]:
+        match = RAMBLOCK_LINE.fullmatch(line)
+        if match is None:
+            raise QmpError(
+                f"a line of QEMU's 'info ramblock' is not understood: {line!r}",
+                hint="This QEMU's format is new to us: please report the line.",
+            )
+        name, count, unit, _, used, _, address = match.groups()
+        blocks.append(
+            ListedBlock(
+                name=name,
+                page_size_bytes=int(count) * UNITS[unit],
+                size_bytes=int(used, 16),
+                address=int(address, 16) if address else None,
+            )
+        )
+    return blocks
+
+
+def parse_flat_view(text: str, address_space: str = "memory") -> list[FlatRange]:
+    """The ranges of one address space in the answer to `info mtree -f`."""
+    for view in re.split(r"^FlatView #\d+$", text, flags=re.MULTILINE):
+        lines = view.splitlines()
+        if not any(line.startswith(f' AS "{address_space}",') for line in lines):
+            continue
+        ranges = []
+        for line in lines:
+            match = FLAT_RANGE_LINE.fullmatch(line.rstrip())
+            if match is not None:
+                first, last, kind, region, offset = match.groups()
+                size_bytes = int(last, 16) - int(first, 16) + 1
+                ranges.append(
+                    FlatRange(int(first, 16), size_bytes, kind, region, int(offset or "0", 16))
+                )
+        return ranges
+    return []
+
+
+async def read_layout(qmp: Qmp, identity: ProcessIdentity) -> list[RamBlock]:
+    """Every RAM block that belongs to a memory back-end, in the order of their names.
+
+    Raises: AttachError, with the block's name, where an address cannot be had with certainty or
+    the memory is of a kind that cannot be paged.
+    """
+    backends = {entry["id"]: entry for entry in await qmp.memory_backends()}
+    listed = {block.name: block for block in parse_ramblocks(await qmp.human("info ramblock"))}
+    ranges: list[FlatRange] | None = None
+    mappings = identity.maps()
+    blocks = []
+    for backend_id, backend in backends.items():
+        # A block is named after its back-end's id or, before machine types 4.0, its whole path.
+        block = listed.get(backend_id) or listed.get(f"/objects/{backend_id}")
+        if block is None:
+            raise _refused(backend_id, "QEMU lists no RAM block of that memory back-end")
+        if block.size_bytes != backend["size"]:
+            raise _refused(
+                block.name, f"QEMU states two sizes, {block.size_bytes} and {backend['size']} bytes"
+            )
+        address = block.address
+        if address is None:
+            if ranges is None:
+                ranges = parse_flat_view(await qmp.human("info mtree -f"))
+            address = await _address_of(qmp, block, ranges)
+        blocks.append(_describe(block, backend_id, address, mappings, identity))
+    _refuse_overlap(blocks)
+    return sorted(blocks, key=lambda block: block.name)
+
+
+async def _address_of(qmp: Qmp, block: ListedBlock, ranges: Iterable[FlatRange]) -> int:
+    """For a QEMU that does not state it: each part of the block that the guest sees is asked for,
+    and all answers must lead to one beginning. `gpa2hva` looks up, it touches no memory."""
+    begins = set()
+    for part in ranges:
+        if part.region != block.name or part.kind not in ("ram", "rom", "nv-ram"):
+            continue
+        answer = await qmp.human(f"gpa2hva {part.guest_address:#x}")
+        match = HOST_ADDRESS.fullmatch(answer)
+        if match is None or match[1] != block.name:
+            raise _refused(block.name, f"its address cannot be told: QEMU says {answer!r}")
+        begins.add(int(match[2], 16) - part.region_offset_bytes)
+    if len(begins) != 1:
+        raise _refused(
+            block.name,
+            "its address cannot be told: "
+            + ("no part of it is mapped into the guest" if not begins else f"{len(begins)} answers")
+            + "; QEMU 8.1 or newer states it",
+        )
+    return begins.pop()
+
+
+def _describe(
+    block: ListedBlock,
+    backend_id: str,
+    address: int,
+    mappings: Iterable[Mapping],
+    identity: ProcessIdentity,
+) -> RamBlock:
+    covering = covering_mappings(mappings, address, block.size_bytes)
+    if not covering:
+        raise _refused(block.name, f"no mapping of QEMU's covers it at {address:#x}")
+    first = covering[0]
+    if any(mapping.permissions[:2] != "rw" for mapping in covering):
+        raise _refused(block.name, "QEMU does not map all of it for reading and writing")
+    key = first.file_key
+    for mapping in covering[1:]:
+        gap = mapping.file_offset_bytes - first.file_offset_bytes - mapping.start + first.start
+        if mapping.file_key != key or mapping.shared != first.shared or (key and gap):
+            raise _refused(block.name, "what QEMU maps there is not one piece of memory")
+    if address % block.page_size_bytes:
+        raise _refused(block.name, f"its address {address:#x} is not a multiple of its page size")
+    path = None
+    if key is not None:
+        path = identity.descriptor_path(key)
+        if path is None:
+            # Shared anonymous memory has no descriptor; this way needs CAP_SYS_ADMIN (proc(5)).
+            path = f"/proc/{identity.pid}/map_files/{first.start:x}-{first.end:x}"
+    return RamBlock(
+        name=block.name,
+        backend_id=backend_id,
+        address=address,
+        size_bytes=block.size_bytes,
+        page_size_bytes=block.page_size_bytes,
+        backing=_backing(block, first, identity),
+        shared=first.shared,
+        file_key=key,
+        file_path=path,
+        file_offset_bytes=first.file_offset_bytes + address - first.start if key else 0,
+    )
+
+
+def _backing(block: ListedBlock, mapping: Mapping, identity: ProcessIdentity) -> Backing:
+    if mapping.file_key is None:
+        return "anonymous"
+    if not mapping.shared:
+        raise _refused(
+            block.name,
+            f"it is a private mapping of {mapping.path}, whose pages would show through: "
+            "use share=on",
+        )
+    if block.page_size_bytes > os.sysconf("SC_PAGE_SIZE"):
+        return "hugetlb"
+    # The kernel's own tmpfs mount appears in no mount table; what lies on it has these names.
+    if mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV")):
+        return "memfd"
+    device = f"{mapping.device_major}:{mapping.device_minor}"
+    kind = _file_system(identity, device)
+    if kind not in CONTROLLABLE:
+        raise _refused(
+            block.name,
+            f"{mapping.path} lies on {kind or 'an unknown file system'}; only memory on tmpfs "
+            "(such as /dev/shm) or hugetlbfs can be paged on demand",
+        )
+    return "file"
+
+
+def _file_system(identity: ProcessIdentity, device: str) -> str | None:
+    """The type of the file system with this device number, in the target's mount namespace."""
+    # proc(5): ID, parent, major:minor, ..., then " - " and the type.
+    for line in Path(f"/proc/{identity.pid}/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == device:
+            return after.split()[0]
+    return None
+
+
+def covering_mappings(mappings: Iterable[Mapping], address: int, size_bytes: int) -> list[Mapping]:
+    """The mappings that cover [address, address + size) without a gap; empty if there is one."""
+    found = []
+    reached = address
+    for mapping in sorted(mappings, key=lambda mapping: mapping.start):
+        if mapping.end <= reached:
+            continue
+        if mapping.start > reached:
+            break
+        found.append(mapping)
+        reached = mapping.end
+        if reached >= address + size_bytes:
+            return found
+    return []
+
+
+def _refuse_overlap(blocks: list[RamBlock]) -> None:
+    ordered = sorted(blocks, key=lambda block: block.address)
+    for before, after in itertools.pairwise(ordered):
+        if before.address + before.size_bytes > after.address:
+            raise _refused(after.name, f"it would overlap {before.name}")
+
+
+def _refused(block: str, reason: str) -> AttachError:
+    return AttachError(
+        f"memory {block!r} cannot be paged: {reason}",
+        hint="Nothing was changed. Restore this guest eagerly, or give it another back-end.",
+        block=block,
+    )

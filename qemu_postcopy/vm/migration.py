@@ -1,0 +1,176 @@
+"""QEMU's own migration, used as the way in and out for device state.
+
+Out: the whole state of a running guest as one stream into a pipe of ours; in: device state from a
+descriptor into a QEMU that waits with ``-incoming defer``.  Runs in the caller's event loop; rests
+on QEMU's docs/devel/migration and its QAPI schema (migrate, migrate-incoming, MIGRATION event).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from qemu_postcopy.errors import QmpError, StateError
+from qemu_postcopy.vm.qmp import CommandError, Listener, Message, Qmp
+
+#: Capabilities that change the stream's format, or take the pages another way; off while we save.
+FORMAT_CAPABILITIES = (
+    "xbzrle",
+    "compress",
+    "multifd",
+    "postcopy-ram",
+    "x-ignore-shared",
+    "mapped-ram",
+    "background-snapshot",
+    "auto-converge",
+    "return-path",
+    "zero-copy-send",
+    "x-colo",
+    "dirty-limit",
+    "rdma-pin-all",
+    "block",
+)
+#: Faster than any disk; QEMU takes any size_t.
+NO_BANDWIDTH_LIMIT = 1 << 40
+#: QEMU's own upper bound of downtime-limit: 2000 seconds.
+LONGEST_DOWNTIME_MS = 2_000_000
+LOAD_SECONDS = 120.0
+DESCRIPTOR_NAME = "qemu-postcopy"
+ENDED = ("completed", "failed", "cancelled")
+
+
+def _status(event: Message) -> str:
+    status: str = event["data"]["status"]
+    return status
+
+
+async def load(qmp: Qmp, descriptor: int) -> None:
+    """Makes a QEMU in ``-incoming defer`` load the stream behind ``descriptor`` (stays open here).
+
+    Raises:
+        QmpError: QEMU refused the stream; with QEMU's words where it gave any.  It usually has
+            ended then.
+    """
+    async with qmp.migration_capabilities(events=True):
+        with qmp.listen("MIGRATION") as listener:
+            await qmp.send_descriptor(DESCRIPTOR_NAME, descriptor)
+            await qmp.execute("migrate-incoming", {"uri": f"fd:{DESCRIPTOR_NAME}"})
+            event = await listener.wait(lambda e: _status(e) in ENDED, timeout=LOAD_SECONDS)
+        if _status(event) != "completed":
+            raise QmpError("QEMU failed to load the device state", hint="its log says why")
+
+
+async def save(
+    qmp: Qmp,
+    write_fd: int,
+    drain: Callable[[], Awaitable[None]],
+    *,
+    max_downtime_ms: int | None = None,
+) -> None:
+    """Makes QEMU send its whole state into ``write_fd`` while ``drain`` reads the other end.
+
+    QEMU itself stops the guest for the end of the stream, and lets it run on if anything fails
+    before: so a killed tool costs the guest nothing.  Afterwards the guest stands in `postmigrate`;
+    going on is the caller's.  Capabilities and parameters of the guest are put back in every case.
+
+    Args:
+        write_fd: owned, and closed here as soon as QEMU has its copy, so that ``drain`` sees the
+            end of the stream.
+        drain: reads until then; raises to give up; ends promptly when cancelled.
+        max_downtime_ms: pages are sent while the guest runs until what is left takes no longer
+            than this; None: the guest is stopped (almost) at once.
+
+    Raises:
+        QmpError: QEMU refused, or failed; or whatever ``drain`` raised.  The migration was
+            cancelled then and the guest runs on.
+        asyncio.CancelledError: likewise.
+    """
+    try:
+        known = {e["capability"] for e in await qmp.execute("query-migrate-capabilities")}
+    except BaseException:
+        os.close(write_fd)
+        raise
+    off = {name: False for name in FORMAT_CAPABILITIES if name in known}
+    downtime = LONGEST_DOWNTIME_MS if max_downtime_ms is None else max_downtime_ms
+    async with (
+        qmp.migration_capabilities(events=True, **off),
+        qmp.migration_parameters(max_bandwidth=NO_BANDWIDTH_LIMIT, downtime_limit=downtime),
+    ):
+        with qmp.listen("MIGRATION") as listener:
+            try:
+                await qmp.send_descriptor(DESCRIPTOR_NAME, write_fd)
+                await qmp.execute("migrate", {"uri": f"fd:{DESCRIPTOR_NAME}"})
+            finally:
+                os.close(write_fd)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(_drained(drain))
+                    tasks.create_task(_completed(qmp, listener))
+            except BaseException as error:
+                await asyncio.shield(_abandon(qmp))
+                if isinstance(error, BaseExceptionGroup):
+                    raise _plainest(error) from error
+                raise
+
+
+async def _drained(drain: Callable[[], Awaitable[None]]) -> None:
+    await drain()
+
+
+async def _completed(qmp: Qmp, listener: Listener) -> None:
+    event = await listener.wait(lambda e: _status(e) in ENDED)
+    if _status(event) != "completed":
+        raise QmpError(
+            f"QEMU's migration {_status(event)}: {await _error_of(qmp)}",
+            hint="the guest runs on; QEMU's log may say more",
+        )
+
+
+def _plainest(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What went wrong first: our own end of the pipe, if it was that, else QEMU's report."""
+    ours = [error for error in group.exceptions if not isinstance(error, QmpError)]
+    return (ours or list(group.exceptions))[0]
+
+
+async def _abandon(qmp: Qmp) -> None:
+    """Cancels the migration and waits until QEMU is out of it, so that the guest runs on."""
+    with suppress(QmpError), qmp.listen("MIGRATION") as listener:
+        info = await qmp.execute("query-migrate", timeout=10)
+        if info.get("status") in (None, "none", *ENDED):
+            return
+        await qmp.execute("migrate_cancel", timeout=10)
+        info = await qmp.execute("query-migrate", timeout=10)
+        if info.get("status") not in (None, "none", *ENDED):
+            await listener.wait(lambda e: _status(e) in ENDED, timeout=30)
+
+
+async def _error_of(qmp: Qmp) -> str:
+    info = await qmp.execute("query-migrate")
+    description: str = info.get("error-desc", "no reason given")
+    return description
+
+
+async def progress_of(qmp: Qmp) -> tuple[int, int]:
+    """Bytes of RAM sent and in all, of the migration under way; (0, 0) before it counts."""
+    try:
+        ram = (await qmp.execute("query-migrate")).get("ram", {})
+    except CommandError:
+        return 0, 0
+    total = int(ram.get("total", 0))
+    return total - int(ram.get("remaining", 0)), total
+
+
+async def let_run(qmp: Qmp) -> None:
+    """Lets the guest go on after a migration that completed or failed.
+
+    Raises:
+        StateError: it cannot (shut down, crashed, waiting for a migration).
+    """
+    status = await qmp.status()
+    if status == "running":
+        return
+    if status in ("shutdown", "guest-panicked", "internal-error", "inmigrate"):
+        raise StateError(f"the guest cannot run on: it is {status}")
+    await qmp.execute("cont")
