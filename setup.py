@@ -1,5 +1,17 @@
-"""The one thing pyproject.toml cannot say: cffi compiles the C core (API mode)."""
+"""What pyproject.toml cannot say: cffi compiles the C core, and two packages lie elsewhere.
 
-from setuptools import setup
+``qemu_postcopy.images`` is the directory vm-images and ``qemu_postcopy.baseline`` is tests/bench, so
+that their place in the tree tells what they are for, and the wheel has them all the same.
+"""
 
-setup(cffi_modules=["qemu_postcopy/_native/build.py:ffibuilder"])
+from setuptools import find_packages, setup
+
+ELSEWHERE = {"qemu_postcopy.images": "vm-images", "qemu_postcopy.baseline": "tests/bench"}
+
+setup(
+    cffi_modules=["qemu_postcopy/_native/build.py:ffibuilder"],
+    packages=sorted({*find_packages(include=["qemu_postcopy", "qemu_postcopy.*"]), *ELSEWHERE}),
+    package_dir=ELSEWHERE,
+    # cffi builds against Python's stable interface: one wheel for this version and all later ones.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

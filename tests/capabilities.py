@@ -1,0 +1,107 @@
+"""What tests may need of a host, each asked of the host itself; used by conftest.py.
+
+A test says ``@pytest.mark.needs("uffd", "qemu")``. Where something is missing it is skipped with
+the lack named; ``--require=uffd,qemu`` (or ``--require=all``) makes that a failure instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
+def uffd() -> str:
+    from qemu_postcopy._native import lib
+    from qemu_postcopy.doctor import userfaultfd
+
+    ways = [userfaultfd.open_by(way) for way in (lib.QPC_WAY_DEVICE, lib.QPC_WAY_SYSCALL)]
+    return "" if any(way.works for way in ways) else f"no userfaultfd: {userfaultfd.says(ways[0])}"
+
+
+def ptrace() -> str:
+    from qemu_postcopy.doctor import tracing
+
+    refused = tracing.ptrace_errno(stranger=True)
+    return f"ptrace refused: {os.strerror(refused)}" if refused else ""
+
+
+def kvm() -> str:
+    from qemu_postcopy.doctor import kvm as probe
+
+    device = probe.probe()[0]
+    return "" if device.status == "ok" else device.found
+
+
+def qemu() -> str:
+    return "" if shutil.which("qemu-system-x86_64") else "no qemu-system-x86_64 on PATH"
+
+
+def qemu10() -> str:
+    path = os.environ.get("QPC_QEMU10")
+    if not path:
+        return (
+            "QPC_QEMU10 does not name a QEMU 10 (python -m qemu_postcopy.images qemu fetches one)"
+        )
+    return "" if os.access(path, os.X_OK) else f"QPC_QEMU10={path} cannot be run"
+
+
+def libvirt() -> str:
+    from qemu_postcopy.doctor import software
+
+    finding = software.libvirt_finding()
+    return "" if finding.status == "ok" else f"libvirt: {finding.found}"
+
+
+def hugetlb() -> str:
+    return "" if os.access(HUGE_PAGES, os.W_OK) else f"{HUGE_PAGES} cannot be written"
+
+
+def guest() -> str:
+    """Whether the test guest can be built; it is fetched and compiled on first use."""
+    from qemu_postcopy.doctor import software
+
+    findings = [software.compiler_finding(), *software.debian_tools_findings()]
+    return "; ".join(f"{f.title}: {f.found}" for f in findings if f.status != "ok")
+
+
+def cc() -> str:
+    return "" if shutil.which("cc") else "no cc on PATH"
+
+
+def root() -> str:
+    return "" if os.geteuid() == 0 else "not root"
+
+
+PROBES: dict[str, Callable[[], str]] = {
+    probe.__name__: probe
+    for probe in (uffd, ptrace, kvm, qemu, qemu10, libvirt, hugetlb, guest, cc, root)
+}
+
+
+@functools.cache
+def missing(name: str) -> str:
+    """Why the host lacks this, or an empty string; ValueError for an unknown name."""
+    if name not in PROBES:
+        raise ValueError(f"unknown capability {name!r}; known: {', '.join(PROBES)}")
+    return PROBES[name]()
+
+
+def parse_required(value: str) -> frozenset[str]:
+    """The names in ``--require``; ``all`` stands for every one."""
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if "all" in names:
+        return frozenset(PROBES)
+    for name in names:
+        if name not in PROBES:
+            raise ValueError(f"unknown capability {name!r}; known: {', '.join(PROBES)}")
+    return frozenset(names)
+
+
+def lacks(names: Iterable[str]) -> dict[str, str]:
+    """Name and reason of each that is missing."""
+    return {name: reason for name in names if (reason := missing(name))}
