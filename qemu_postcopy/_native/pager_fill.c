@@ -1,0 +1,447 @@
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "pager_state.h"
+#include "uffd.h"
+
+#define RETRY_EVENT_AT_ONCE_NS 100000ull   /* see serve_fault() */
+#define RETRY_EVENT_FIRST_NS 20000ull      /* the other side is between our read and its wake-up */
+#define RETRY_EVENT_LAST_NS 2000000ull
+#define RETRY_SOURCE_FIRST_NS 10000000ull
+#define RETRY_SOURCE_LAST_NS 1000000000ull
+
+/* What became of the attempt to fill a range. */
+enum fill {
+    FILL_DONE,
+    FILL_EVENT_FIRST, /* an event must be read, and the ledger asked again */
+    FILL_LATER,       /* source or memory cannot be had now: back off */
+    FILL_GONE         /* the mapper, or this part of its memory, is not there any more */
+};
+
+/* --- filling --------------------------------------------------------------------------------- */
+
+static void note_error(struct qpc_pager *p, const struct block *b, uint64_t page, int errnum)
+{
+    SET(p->statistics.last_error, (uint64_t)errnum);
+    SET(p->statistics.last_error_block, (uint64_t)(b - p->blocks));
+    SET(p->statistics.last_error_page, page);
+    if (!p->failing) {
+        p->failing = 1;
+        qpc_pager_notify(p);
+    }
+}
+
+static void note_working(struct qpc_pager *p)
+{
+    if (p->failing) {
+        p->failing = 0;
+        qpc_pager_notify(p);
+    }
+}
+
+static void wake(struct qpc_pager *p, uint64_t start, uint64_t length)
+{
+    COUNT(p->statistics.wakes, 1u);
+    qpc_uffd_wake(p->uffd, start, length, NULL);
+}
+
+/*
+ * Reads pages [first, last) into the buffer: all of them, or it is an error (an errno; ENODATA: the
+ * file is too short). The size is asked again after the data was read: a file cut short meanwhile
+ * shows zeros in the rest of its last page, and what was read while the size still covered it was
+ * data.
+ */
+static int read_source(struct qpc_pager *p, const struct block *b, uint64_t first, uint64_t last)
+{
+    uint64_t offset = b->is.source_offset + (first << b->page_shift);
+    uint64_t length = (last - first) << b->page_shift;
+    uint64_t done = 0;
+    struct stat st;
+
+    while (done < length) {
+        ssize_t n = pread(b->is.source_fd, p->buffer + done, length - done, (off_t)(offset + done));
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? errno : ENODATA;
+        done += (uint64_t)n;
+    }
+    if (fstat(b->is.source_fd, &st) < 0)
+        return errno;
+    if (S_ISREG(st.st_mode) && (uint64_t)st.st_size < offset + length)
+        return ENODATA;
+    COUNT(p->statistics.bytes_read, length);
+    return 0;
+}
+
+static enum fill note_source_error(struct qpc_pager *p, const struct block *b, uint64_t page,
+                                   int errnum)
+{
+    COUNT(p->statistics.source_errors, 1u);
+    note_error(p, b, page, errnum);
+    return FILL_LATER;
+}
+
+/*
+ * Fills [page, page+count) with the buffer (data) or with zeros. Pages are FILLING on entry for
+ * data; for zeros `final` is the state they get.
+ */
+static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page, uint64_t count,
+                            const uint8_t *data, uint8_t final)
+{
+    uint64_t page_size = b->is.page_size;
+    uint64_t end = page + count;
+
+    while (page < end) {
+        uint64_t address = b->is.address + (page << b->page_shift);
+        uint64_t length = (end - page) << b->page_shift;
+        uint64_t done = 0, pages_done;
+        enum qpc_outcome outcome;
+
+        if (data)
+            outcome = qpc_uffd_copy(p->uffd, address, data, length, &done);
+        else if (!p->zeros || page_size == 4096)
+            outcome = qpc_uffd_zeropage(p->uffd, address, length, &done);
+        else
+            outcome = qpc_uffd_copy(p->uffd, address, p->zeros, page_size, &done);
+
+        pages_done = done >> b->page_shift;
+        qpc_pager_set_pages(p, b, page, pages_done, final);
+        page += pages_done;
+        if (data)
+            data += done;
+        else
+            COUNT(p->statistics.pages_zero, pages_done);
+
+        switch (outcome) {
+        case QPC_FILLED:
+            continue;
+        case QPC_RETRY:
+            if (pages_done)
+                continue;
+            COUNT(p->statistics.retries, 1u);
+            return FILL_EVENT_FIRST;
+        case QPC_ALREADY_PRESENT:
+            /* Somebody was quicker, or a second message for a page that is there. */
+            COUNT(p->statistics.already_present, 1u);
+            if (page_state(b, page) != QPC_PAGE_REMOVED)
+                qpc_pager_set_pages(p, b, page, 1, QPC_PAGE_PRESENT);
+            wake(p, b->is.address + (page << b->page_shift), page_size);
+            page++;
+            if (data)
+                data += page_size;
+            continue;
+        case QPC_TARGET_GONE:
+            if (GET(p->statistics.state) != QPC_PAGER_MAPPER_GONE) {
+                SET(p->statistics.state, QPC_PAGER_MAPPER_GONE);
+                qpc_pager_notify(p);
+            }
+            return FILL_GONE;
+        case QPC_NOT_REGISTERED:
+            /* The range may cross a border inside the mapping (madvise splits it): page by page. */
+            if (page + 1 < end) {
+                enum fill one = fill_pages(p, b, page, 1, data, final);
+
+                if (one != FILL_DONE)
+                    return one;
+                page++;
+                if (data)
+                    data += page_size;
+                continue;
+            }
+            if (page >= b->unmapped_from && page < b->unmapped_to)
+                return FILL_GONE;
+            /* An unread UNMAP would explain it; without one it is an error like any other. */
+            COUNT(p->statistics.fill_errors, 1u);
+            note_error(p, b, page, ENOENT);
+            return FILL_LATER;
+        case QPC_FAILED:
+            COUNT(p->statistics.fill_errors, 1u);
+            note_error(p, b, page, errno);
+            return FILL_LATER;
+        }
+    }
+    return FILL_DONE;
+}
+
+/* What a missing page gets. */
+enum kind { KIND_DATA, KIND_ZERO, KIND_REMOVED, KIND_PRESENT };
+
+static enum kind page_kind(const struct block *b, uint64_t page)
+{
+    switch (page_state(b, page)) {
+    case QPC_PAGE_PRESENT:
+        return KIND_PRESENT;
+    case QPC_PAGE_REMOVED:
+        return KIND_REMOVED;
+    default:
+        return has_data(b, page) ? KIND_DATA : KIND_ZERO;
+    }
+}
+
+/* Copies the buffer, which holds data pages [first, last), into the mapper. */
+static enum fill copy_run(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t last,
+                          _Atomic uint64_t *counter)
+{
+    enum fill result;
+
+    qpc_pager_set_pages(p, b, first, last - first, QPC_PAGE_FILLING);
+    result = fill_pages(p, b, first, last - first, p->buffer, QPC_PAGE_PRESENT);
+    if (result == FILL_DONE) {
+        COUNT(*counter, last - first);
+        note_working(p);
+        return result;
+    }
+    for (uint64_t page = first; page < last; page++)
+        if (page_state(b, page) == QPC_PAGE_FILLING)
+            qpc_pager_set_pages(p, b, page, 1, QPC_PAGE_MISSING);
+    return result;
+}
+
+/* The run of pages of the same kind around `page`, within [*first, *last). */
+static void find_run(const struct block *b, uint64_t page, enum kind kind, uint64_t *first,
+                     uint64_t *last)
+{
+    uint64_t from = page, to = page + 1;
+
+    while (from > *first && page_kind(b, from - 1) == kind)
+        from--;
+    while (to < *last && page_kind(b, to) == kind)
+        to++;
+    *first = from;
+    *last = to;
+}
+
+static uint64_t pages_per_chunk(const struct qpc_pager *p, const struct block *b)
+{
+    return p->chunk_size > b->is.page_size ? p->chunk_size >> b->page_shift : 1;
+}
+
+/*
+ * Fills the chunk around a missing page, as far as it is of the same kind. Where the guest gave
+ * pages back, it gets the one that it asks for and no more.
+ */
+static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
+{
+    uint64_t chunk_pages = pages_per_chunk(p, b);
+    uint64_t first = page & ~(chunk_pages - 1);
+    uint64_t last = min_u64(first + chunk_pages, b->page_count);
+    enum kind kind = page_kind(b, page);
+    enum fill result;
+    int errnum;
+
+    switch (kind) {
+    case KIND_DATA:
+        find_run(b, page, kind, &first, &last);
+        errnum = read_source(p, b, first, last);
+        if (errnum && last - first > 1) {
+            /* The page itself may be readable all the same. */
+            first = page;
+            last = page + 1;
+            errnum = read_source(p, b, first, last);
+        }
+        if (errnum)
+            return note_source_error(p, b, page, errnum);
+        result = copy_run(p, b, first, last, &p->statistics.pages_demand);
+        break;
+    case KIND_ZERO:
+        find_run(b, page, kind, &first, &last);
+        result = fill_pages(p, b, first, last - first, NULL, QPC_PAGE_PRESENT);
+        break;
+    default:
+        /*
+         * Removed; or filled once and faulting again: then the guest removed it in a way that
+         * sends no event (hole punched in the memfd), unless it turns out to be there.
+         */
+        last = page + 1;
+        result = fill_pages(p, b, page, 1, NULL, QPC_PAGE_REMOVED);
+    }
+    if (result == FILL_DONE)
+        b->cursor = last;
+    return result;
+}
+
+static void note_latency(struct qpc_pager *p, uint64_t read_ns, uint64_t now)
+{
+    uint64_t us = (now - read_ns) / 1000;
+    unsigned bucket = us ? 64u - (unsigned)__builtin_clzll(us) : 0;
+
+    COUNT(p->statistics.latency_us[bucket < 24 ? bucket : 23], 1u);
+}
+
+static uint64_t backoff_ns(uint32_t attempts, uint64_t first, uint64_t last)
+{
+    return attempts >= 16 ? last : min_u64(first << attempts, last);
+}
+
+/*
+ * Answers one fault, or puts it back with a time.
+ *
+ * COPY gives EAGAIN from the moment a thread of the mapper queues an event until, after it was read
+ * here, that thread has run on. If it removes memory in a loop, that leaves a window of some
+ * microseconds each time, so the next attempts are made at once: those on a timer alone would
+ * hardly ever meet a window.
+ */
+static void serve_fault(struct qpc_pager *p, struct fault fault)
+{
+    struct block *b = &p->blocks[fault.block];
+    uint64_t now, at_once_until_ns = 0;
+    unsigned faults;
+
+    for (;;) {
+        enum fill result = serve_page(p, b, fault.page);
+
+        now = now_ns();
+        switch (result) {
+        case FILL_DONE:
+            note_latency(p, fault.read_ns, now);
+            p->answered_ns = now;
+            p->spin_armed = 1;
+            return;
+        case FILL_GONE:
+            /* Nobody can be waiting for it properly: let the thread see for itself. */
+            wake(p, b->is.address + (fault.page << b->page_shift), b->is.page_size);
+            return;
+        case FILL_EVENT_FIRST:
+            if (!at_once_until_ns)
+                at_once_until_ns = now + RETRY_EVENT_AT_ONCE_NS;
+            if (!qpc_pager_read_messages(p, &faults))
+                sched_yield();
+            if (now < at_once_until_ns)
+                continue;
+            fault.due_ns = now + backoff_ns(fault.attempts++, RETRY_EVENT_FIRST_NS,
+                                            RETRY_EVENT_LAST_NS);
+            qpc_pager_queue_fault(p, &fault);
+            return;
+        case FILL_LATER:
+            fault.due_ns = now + backoff_ns(fault.attempts++, RETRY_SOURCE_FIRST_NS,
+                                            RETRY_SOURCE_LAST_NS);
+            qpc_pager_queue_fault(p, &fault);
+            return;
+        }
+    }
+}
+
+uint64_t qpc_pager_serve_queue(struct qpc_pager *p)
+{
+    uint64_t next = 0;
+
+    for (uint32_t left = p->queue_count; left && !stop_wanted(p);
+         left--) {
+        struct fault fault = qpc_pager_unqueue_fault(p);
+
+        if (fault.due_ns && fault.due_ns > now_ns())
+            qpc_pager_queue_fault(p, &fault);
+        else
+            serve_fault(p, fault);
+    }
+    SET(p->statistics.faults_waiting, p->queue_count);
+    if (p->faults_dropped && p->queue_count < QPC_PAGER_QUEUE_LENGTH / 2) {
+        /* Threads whose fault found no room fault anew. */
+        p->faults_dropped = 0;
+        for (uint32_t i = 0; i < p->block_count; i++)
+            wake(p, p->blocks[i].is.address, p->blocks[i].is.length);
+    }
+    for (uint32_t i = 0; i < p->queue_count; i++) {
+        uint64_t due = p->queue[(p->queue_head + i) % QPC_PAGER_QUEUE_LENGTH].due_ns;
+
+        if (!next || due < next)
+            next = due ? due : 1;
+    }
+    return next;
+}
+/* --- the background -------------------------------------------------------------------------- */
+
+/* The next data page that is missing, from the cursor on and round; -1 if there is none. */
+static int64_t next_missing(struct block *b)
+{
+    for (int round = 0; round < 2; round++) {
+        uint64_t end = round ? min_u64(b->cursor, b->page_count) : b->page_count;
+
+        for (uint64_t page = round ? 0 : b->cursor; page < end;) {
+            const uint8_t *hit = memchr(b->is.ledger + page, QPC_PAGE_MISSING, end - page);
+
+            if (!hit)
+                break;
+            page = (uint64_t)(hit - b->is.ledger);
+            if (has_data(b, page))
+                return (int64_t)page;
+            page++;
+            /* Skip over holes a byte of the bitmap at a time. */
+            while (!(page & 7) && page < end && !b->is.data_bitmap[page >> 3])
+                page += 8;
+        }
+    }
+    return -1;
+}
+
+uint64_t qpc_pager_fill_background(struct qpc_pager *p)
+{
+    uint64_t rate = GET(p->background_rate);
+    uint64_t now = now_ns();
+
+    if (GET(p->statistics.state) != QPC_PAGER_SERVING)
+        return UINT64_MAX;
+    if (now < p->background_due_ns)
+        return p->background_due_ns;
+    if (rate) {
+        uint64_t burst = rate / 20 > p->buffer_size ? rate / 20 : p->buffer_size;
+        uint64_t elapsed = min_u64(now - p->background_refill_ns, 1000000000ull);
+
+        p->background_tokens =
+            min_u64(p->background_tokens + (uint64_t)((__uint128_t)rate * elapsed / 1000000000ull),
+                    burst);
+        p->background_refill_ns = now;
+        if (p->background_tokens < min_u64(QPC_PAGER_BACKGROUND_UNIT, burst)) {
+            uint64_t missing = min_u64(QPC_PAGER_BACKGROUND_UNIT, burst) - p->background_tokens;
+            return now + (uint64_t)((__uint128_t)missing * 1000000000ull / rate) + 1000;
+        }
+    }
+    for (uint32_t i = 0; i < p->block_count; i++) {
+        struct block *b = &p->blocks[p->background_block];
+        int64_t page = next_missing(b);
+        uint64_t first, last, unit;
+        unsigned faults;
+        int errnum;
+
+        if (page < 0) {
+            p->background_block = (p->background_block + 1) % p->block_count;
+            continue;
+        }
+        unit = QPC_PAGER_BACKGROUND_UNIT >> b->page_shift;
+        unit = unit ? unit : 1;
+        first = (uint64_t)page;
+        last = min_u64(min_u64(first + unit, b->page_count),
+                       first + (p->buffer_size >> b->page_shift));
+        find_run(b, first, KIND_DATA, &first, &last);
+        errnum = read_source(p, b, first, last);
+        switch (errnum ? note_source_error(p, b, first, errnum)
+                       : copy_run(p, b, first, last, &p->statistics.pages_background)) {
+        case FILL_DONE:
+            b->cursor = last;
+            p->background_attempts = 0;
+            if (rate) {
+                uint64_t used = (last - first) << b->page_shift;
+                p->background_tokens -= min_u64(used, p->background_tokens);
+            }
+            qpc_pager_check_complete(p);
+            return 0;
+        case FILL_EVENT_FIRST:
+            if (!qpc_pager_read_messages(p, &faults))
+                p->background_due_ns = now + RETRY_EVENT_LAST_NS;
+            return p->background_due_ns;
+        case FILL_GONE:
+        case FILL_LATER:
+            b->cursor = last; /* the rest may be readable */
+            p->background_due_ns = now + backoff_ns(p->background_attempts++, RETRY_SOURCE_FIRST_NS,
+                                                    RETRY_SOURCE_LAST_NS);
+            return p->background_due_ns;
+        }
+    }
+    return UINT64_MAX;
+}

@@ -1,0 +1,157 @@
+/*
+ * What the parts of the pager share; nobody else includes it.
+ *
+ *   pager_events.c   messages of the userfaultfd into the queue and the ledger
+ *   pager_fill.c     the queue answered, the rest filled in the background
+ *   pager.c          life cycle, the thread's loop, waiting
+ *
+ * All of it is the pager thread's own, but for what is atomic.
+ */
+#ifndef QPC_PAGER_STATE_H
+#define QPC_PAGER_STATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#include "pager.h"
+
+/* Faults read and not answered. A blocked thread has one, an asynchronous page fault one each. */
+#ifndef QPC_PAGER_QUEUE_LENGTH
+#define QPC_PAGER_QUEUE_LENGTH 16384u
+#endif
+#define QPC_PAGER_BACKGROUND_UNIT (128u << 10)
+
+/* Counters: one writer, any readers. A plain load and store is enough, and compiles to one add. */
+#define COUNT(counter, n) \
+    atomic_store_explicit(&(counter), GET(counter) + (n), memory_order_relaxed)
+#define SET(counter, value) atomic_store_explicit(&(counter), (value), memory_order_relaxed)
+#define GET(counter) atomic_load_explicit(&(counter), memory_order_relaxed)
+
+struct block {
+    struct qpc_pager_block is;
+    uint64_t page_count;
+    uint32_t page_shift;
+    uint64_t cursor;        /* where the background goes on: after the last fault */
+    uint64_t unmapped_from; /* pages [from, to) are gone from the mapper; from == to: none */
+    uint64_t unmapped_to;
+};
+
+struct fault {
+    uint64_t page;
+    uint64_t read_ns;
+    uint64_t due_ns; /* 0 = now */
+    uint32_t block;
+    uint32_t attempts;
+};
+
+struct qpc_pager {
+    int uffd;
+    int stop_fd;
+    int notify_fd;
+    uint64_t chunk_size;
+    uint64_t spin_limit_ns;
+    uint8_t *buffer; /* one chunk or one page, whichever is larger; page-aligned */
+    uint64_t buffer_size;
+    uint8_t *zeros;  /* one huge page of zeros (hugetlb has no ZEROPAGE), or NULL */
+
+    struct fault *queue; /* ring of faults that were read and not answered */
+    uint32_t queue_head;
+    uint32_t queue_count;
+    int faults_dropped;  /* the ring was full: a wake-up of everything makes them come again */
+    int failing;         /* the last attempt at the source or at memory failed */
+
+    uint64_t background_block;
+    uint64_t background_tokens;
+    uint64_t background_refill_ns;
+    uint64_t background_due_ns;
+    uint32_t background_attempts;
+
+    uint64_t gap_ns;      /* running mean of the time between an answer and the next fault */
+    uint64_t answered_ns; /* end of the last answer; 0 = none yet */
+    int spin_armed;       /* a fault was answered since the last poll that found nothing */
+    uint64_t gave_way_ns; /* when this thread last slept or yielded */
+    uint64_t no_spin_before_ns;
+    uint64_t busy_pause_ns;
+
+    pthread_t thread;
+    int started;
+    atomic_int stop;
+    atomic_int thread_id;
+    atomic_int background;
+    _Atomic uint64_t background_rate;
+
+    struct {
+        _Atomic uint64_t state, faults, faults_waiting, pages_total, pages_data, pages_data_missing,
+            pages_demand, pages_background, pages_zero, pages_removed, bytes_read, already_present,
+            retries, events_remove, events_unmap, events_other, wakes, source_errors, fill_errors,
+            last_error, last_error_block, last_error_page, spins_hit, spins_missed, started_ns,
+            first_fault_ns, last_fault_ns, complete_ns, latency_us[24];
+        _Atomic uint32_t timeline[2048];
+    } statistics;
+
+    uint32_t block_count;
+    struct block blocks[];
+};
+
+static inline uint64_t now_ns(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+static inline uint64_t min_u64(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline int stop_wanted(struct qpc_pager *p)
+{
+    return atomic_load_explicit(&p->stop, memory_order_relaxed);
+}
+
+static inline uint8_t page_state(const struct block *b, uint64_t page)
+{
+    return __atomic_load_n(&b->is.ledger[page], __ATOMIC_RELAXED);
+}
+
+static inline int has_data(const struct block *b, uint64_t page)
+{
+    return b->is.data_bitmap[page >> 3] >> (page & 7) & 1;
+}
+
+/* Makes the notify descriptor readable. */
+void qpc_pager_notify(struct qpc_pager *p);
+
+/* Announces it, once, when the last data page is present (or was removed). */
+void qpc_pager_check_complete(struct qpc_pager *p);
+
+void qpc_pager_set_pages(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t count,
+                         uint8_t state);
+
+/*
+ * Reads what is there, without waiting: faults go into the queue, events into the ledger. Returns
+ * the count of events, and of faults in *faults. The kernel hands out faults before events, so a
+ * fault may come ahead of a REMOVE that preceded it; hence no fault is served before the whole
+ * batch is noted, and COPY gives EAGAIN while an event is unread.
+ */
+unsigned qpc_pager_read_messages(struct qpc_pager *p, unsigned *faults);
+
+void qpc_pager_queue_fault(struct qpc_pager *p, const struct fault *fault);
+struct fault qpc_pager_unqueue_fault(struct qpc_pager *p);
+
+/*
+ * Serves what is due; returns the time at which the next one is (0: nothing waits). A fault that
+ * waits for a broken source delays nobody else.
+ */
+uint64_t qpc_pager_serve_queue(struct qpc_pager *p);
+
+/*
+ * Fills one unit. Returns the time before which nothing more is to be done in the background: 0 =
+ * go on at once, UINT64_MAX = nothing left.
+ */
+uint64_t qpc_pager_fill_background(struct qpc_pager *p);
+
+#endif

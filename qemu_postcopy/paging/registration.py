@@ -1,0 +1,71 @@
+"""Step "register": a mapper's userfaultfd is negotiated and the blocks put under its control.
+
+Runs in the control plane, once per attach, before a byte of device state loads.  The descriptor
+comes from the mapper; the addresses are the mapper's.  Rests on ioctl_userfaultfd(2).
+"""
+
+from __future__ import annotations
+
+from qemu_postcopy._native import check, ffi, lib, new_error
+
+
+def kernel_features() -> int:
+    """Every UFFD_FEATURE bit of the running kernel.
+
+    Raises:
+        AttachError: this process may not open a userfaultfd at all.
+    """
+    features = ffi.new("uint64_t *")
+    error = new_error()
+    check(
+        lib.qpc_uffd_features(features, error),
+        error,
+        hint="run as root, or let this user open /dev/userfaultfd; `qemu-postcopy doctor` tells",
+    )
+    return int(features[0])
+
+
+def negotiate(userfaultfd: int) -> int:
+    """UFFDIO_API on a fresh descriptor, with all that serving a guest needs; returns the features.
+
+    Raises:
+        HostError: the descriptor was negotiated before, or the kernel refuses.
+    """
+    features = int(lib.qpc_uffd_wanted_features(kernel_features()))
+    error = new_error()
+    check(lib.qpc_uffd_api(userfaultfd, features, error), error)
+    return features
+
+
+def register(userfaultfd: int, address: int, length: int) -> int:
+    """Registers ``length`` bytes at ``address`` MISSING (and WP where it can be); returns the mode.
+
+    Raises:
+        AttachError: another userfaultfd has the range.
+        HostError: the range is not memory that userfaultfd can handle.
+    """
+    error = new_error()
+    return check(
+        lib.qpc_uffd_register(userfaultfd, address, length, error),
+        error,
+        hint="userfaultfd handles anonymous memory, memfd, tmpfs and hugetlbfs; "
+        "guest RAM in a file of another file system cannot be paged",
+    )
+
+
+def unregister(userfaultfd: int, address: int, length: int) -> None:
+    """Gives the range back to the kernel: what is missing reads as zero from now on.
+
+    Only to be called when every data page is present.
+
+    Raises:
+        TargetGoneError: the mapper has exited.
+    """
+    error = new_error()
+    check(lib.qpc_uffd_unregister(userfaultfd, address, length, error), error)
+
+
+def wake(userfaultfd: int, address: int, length: int) -> None:
+    """Wakes whoever waits in the range; a thread whose page is missing faults anew."""
+    error = new_error()
+    check(lib.qpc_uffd_wake(userfaultfd, address, length, error), error)
