@@ -25,7 +25,7 @@ import capabilities
 import pytest
 
 if TYPE_CHECKING:
-    from qemu_postcopy.images import GuestImage
+    from qemu_postcopy.images.guest_image import GuestImage
 
 RUN_DIR = pytest.StashKey[Path]()
 FAILED = pytest.StashKey[bool]()
@@ -144,10 +144,10 @@ def run_dir(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def guest_image() -> GuestImage:
     """The test guest, built on first use; ``needs("guest")`` goes with it."""
-    from qemu_postcopy import images
+    from qemu_postcopy.images.builder import build
 
     cache = os.environ.get("QPC_CACHE")
-    return images.build(Path(cache)) if cache else images.build()
+    return build(Path(cache) if cache else None)
 
 
 @pytest.fixture(
