@@ -237,9 +237,7 @@ def _compile(manifest: dict[str, Any], sources: list[str], program: Path) -> Non
     except FileNotFoundError as error:
         raise HostError("no C compiler (cc) is installed", hint=_COMPILER_HINT) from error
     if done.returncode:
-        raise HostError(
-            f"cannot compile {sources[0]}:\n{done.stderr.strip()}", hint=_COMPILER_HINT
-        )
+        raise HostError(f"cannot compile {sources[0]}:\n{done.stderr.strip()}", hint=_COMPILER_HINT)
 
 
 def _write_record(target: Path, packages: dict[str, Package], architecture: Architecture) -> None:

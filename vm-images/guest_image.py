@@ -1,6 +1,6 @@
 """The test guest as it was built, and the kernel command line that says what it is to do.
 
-Pure data: no I/O but reading ``image.json``; any thread.
+Any thread.  A cached image is trusted only as far as its files match the hashes in ``image.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qemu_postcopy.errors import UsageError
+from qemu_postcopy.errors import HostError, UsageError
+from qemu_postcopy.images.packages import file_sha256
 
 Mode = Literal["check", "walk", "idle", "shell"]
 
@@ -100,17 +101,32 @@ class GuestImage:
 
 
 def load_guest_image(directory: Path) -> GuestImage:
-    """The image that :func:`build` left in `directory`.
+    """The image that was built into `directory`, verified against its record.
 
-    Raises OSError, ValueError or KeyError if there is none or its record is damaged.
+    Raises HostError if a file is missing, damaged or altered.
     """
-    record = json.loads((directory / RECORD_NAME).read_text())
-    return GuestImage(
-        architecture=record["architecture"],
-        console=record["console"],
-        kernel=directory / KERNEL_NAME,
-        initramfs=directory / INITRAMFS_NAME,
-        packages={name: PackageUsed(**used) for name, used in record["packages"].items()},
-        compiler=record["compiler"],
-        digest=record["digest"],
-    )
+    try:
+        record = json.loads((directory / RECORD_NAME).read_text())
+        altered = [
+            n for n, sha256 in record["files"].items() if file_sha256(directory / n) != sha256
+        ]
+        image = GuestImage(
+            architecture=record["architecture"],
+            console=record["console"],
+            kernel=directory / KERNEL_NAME,
+            initramfs=directory / INITRAMFS_NAME,
+            packages={name: PackageUsed(**used) for name, used in record["packages"].items()},
+            compiler=record["compiler"],
+            digest=record["digest"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HostError(
+            f"the cached test guest in {directory} is damaged: {error}",
+            hint=f"delete {directory} and build again",
+        ) from error
+    if altered:
+        raise HostError(
+            f"the cached test guest in {directory} was altered: {', '.join(altered)}",
+            hint=f"delete {directory} and build again",
+        )
+    return image

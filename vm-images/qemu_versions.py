@@ -12,7 +12,7 @@ import os
 import shlex
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_postcopy.errors import HostError, UsageError
@@ -167,7 +167,7 @@ def sources_with_suite(sources: Sequence[AptSource], suite: str) -> str:
             hint=f"name a suite of the host's own release instead of {suite}",
         )
     stanzas = []
-    for source in [*of_release, *(_with_suites(archive, suite) for archive in archives)]:
+    for source in [*of_release, *(replace(archive, suites=(suite,)) for archive in archives)]:
         stanza = f"Types: deb\nURIs: {' '.join(source.uris)}\nSuites: {' '.join(source.suites)}\n"
         stanza += f"Components: {' '.join(source.components)}\n"
         if source.signed_by:
@@ -175,10 +175,6 @@ def sources_with_suite(sources: Sequence[AptSource], suite: str) -> str:
         if stanza not in stanzas:
             stanzas.append(stanza)
     return "\n".join(stanzas)
-
-
-def _with_suites(source: AptSource, suite: str) -> AptSource:
-    return AptSource(source.uris, (suite,), source.components, source.signed_by)
 
 
 def _download(apt_dir: Path, suite: str, package: str, progress: Progress) -> list[Path]:
@@ -237,11 +233,10 @@ def _unpack(
             hint="correct qemu_package in vm-images/manifest.toml",
         )
     _write_wrapper(staged, prefix, program)
-    # The staged directory is still elsewhere, so the wrapper cannot run yet: try the program itself.
-    libraries = _environment(staged)
+    # The wrapper names the final place, where nothing is yet: try the program itself.
+    trial = _environment(staged)
     said = run_tool(
-        ["env", *(f"{name}={value}" for name, value in libraries.items()), staged / program]
-        + ["--version"],
+        ["env", *(f"{name}={trial[name]}" for name in trial), str(staged / program), "--version"],
         hint="this host's libraries are too old or too new for that QEMU: take another suite",
     )
     version = said.partition("version ")[2].split()[0]
