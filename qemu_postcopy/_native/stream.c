@@ -150,6 +150,11 @@ void qpc_stream_cancel(struct qpc_stream *stream)
     (void)!write(stream->cancel_fd, &one, sizeof(one));
 }
 
+int qpc_stream_cancel_fd(const struct qpc_stream *stream)
+{
+    return stream->cancel_fd;
+}
+
 uint64_t qpc_stream_offset(const struct qpc_stream *stream)
 {
     return stream->end_offset - (stream->end - stream->begin);

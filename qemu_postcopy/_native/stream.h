@@ -71,6 +71,8 @@ int qpc_stream_ram_section(struct qpc_stream *stream, int records_fd, struct qpc
 
 /* Makes the current and every later call fail with QPC_SYSTEM, ECANCELED. Any thread. */
 void qpc_stream_cancel(struct qpc_stream *stream);
+/* The eventfd that qpc_stream_cancel() makes readable; owned by the stream. */
+int qpc_stream_cancel_fd(const struct qpc_stream *stream);
 /* Any thread, at any time. */
 void qpc_stream_read_progress(const struct qpc_stream *stream, struct qpc_stream_progress *ret);
 /* cdef-end */

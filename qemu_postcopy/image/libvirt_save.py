@@ -1,0 +1,133 @@
+"""libvirt's save files: a header, the domain XML, and a migration stream, perhaps compressed.
+
+Read when a file that ``virsh save`` or managed save wrote is imported; nothing in it is trusted.
+Source: libvirt, ``src/qemu/qemu_saveimage.{h,c}`` (header in the byte order of the host).
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+from qemu_postcopy.image.records import fail
+
+MAGIC = b"LibvirtQemudSave"
+PARTIAL_MAGIC = b"LibvirtQemudPart"
+HEADER_BYTES = 92
+#: XML, cookie and 64 KiB of room to edit; the largest real ones are some 100 KiB.
+_DATA_BYTES_MAX = 64 << 20
+FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
+
+
+@dataclass(frozen=True)
+class SaveHeader:
+    """What stands before the stream."""
+
+    format: str
+    domain_xml: str
+    was_running: bool
+    #: of the stream in the file; in the sparse format offsets in it count from the file's begin
+    stream_offset_bytes: int
+
+
+def read_save_header(fd: int) -> SaveHeader:
+    """Reads the header of a save file; the descriptor's own offset does not matter.
+
+    Raises:
+        ImageError: incomplete, newer than known, or malformed.
+    """
+    head = os.pread(fd, HEADER_BYTES, 0)
+    if head[:16] == PARTIAL_MAGIC:
+        fail("libvirt did not finish this save file", "save the domain again")
+    if len(head) < HEADER_BYTES or head[:16] != MAGIC:
+        fail("not a libvirt save file")
+    order = "<"
+    if struct.unpack_from("<I", head, 16)[0] > 0xFFFF:
+        order = ">"
+    version, data_bytes, was_running, number, cookie = struct.unpack_from(f"{order}5I", head, 16)
+    if version not in (1, 2):
+        fail(f"libvirt save format version {version} is not known", "update qemu-postcopy")
+    if number >= len(FORMATS):
+        fail(f"libvirt save format number {number} is not known", "update qemu-postcopy")
+    if not 0 < data_bytes <= _DATA_BYTES_MAX or cookie > data_bytes:
+        fail(f"the header of the libvirt save file announces {data_bytes} bytes of XML")
+    xml = os.pread(fd, data_bytes, HEADER_BYTES)
+    if len(xml) != data_bytes:
+        fail("the libvirt save file ends in its domain XML")
+    try:
+        text = xml[: cookie or data_bytes].split(b"\0", 1)[0].decode()
+    except UnicodeDecodeError:
+        fail("the domain XML of the libvirt save file is not UTF-8")
+    return SaveHeader(FORMATS[number], text, bool(was_running), HEADER_BYTES + data_bytes)
+
+
+@contextmanager
+def open_stream(fd: int, header: SaveHeader) -> Iterator[tuple[int, int]]:
+    """The migration stream in a save file.
+
+    Compressed ones come through a pipe from a thread that decompresses; it ends with the context.
+
+    Yields:
+        a descriptor, valid within the context, and its offset for ``StreamReader``.
+
+    Raises:
+        ImageError: the compression is not supported here, or damaged.
+    """
+    if header.format in ("raw", "sparse"):
+        os.lseek(fd, header.stream_offset_bytes, os.SEEK_SET)
+        yield fd, header.stream_offset_bytes
+        return
+    os.lseek(fd, header.stream_offset_bytes, os.SEEK_SET)
+    with os.fdopen(os.dup(fd), "rb") as packed:
+        unpacked = _unpack(header.format, packed)
+        read_fd, write_fd = os.pipe()
+        errors: list[Exception] = []
+        thread = threading.Thread(
+            target=_pump, args=(unpacked, write_fd, errors), name="qpc-decompress", daemon=True
+        )
+        thread.start()
+        try:
+            yield read_fd, 0
+        except Exception as error:
+            if errors:
+                fail(f"the {header.format} data of the save file is damaged: {errors[0]}")
+            raise error
+        finally:
+            os.close(read_fd)
+            thread.join()
+
+
+def _unpack(name: str, packed: IO[bytes]) -> io.BufferedIOBase:
+    if name == "gzip":
+        return gzip.GzipFile(fileobj=packed)
+    if name == "bzip2":
+        return bz2.BZ2File(packed)
+    if name == "xz":
+        return lzma.LZMAFile(packed)
+    fail(
+        f"the save file is compressed with {name}, which Python cannot read",
+        "set save_image_format to raw in /etc/libvirt/qemu.conf and save the domain again",
+    )
+
+
+def _pump(unpacked: io.BufferedIOBase, write_fd: int, errors: list[Exception]) -> None:
+    try:
+        with os.fdopen(write_fd, "wb", buffering=0) as out:
+            while part := unpacked.read(1 << 20):
+                view = memoryview(part)
+                while view:
+                    view = view[out.write(view) :]
+    except BrokenPipeError:
+        pass  # the reader has had enough; it says why
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        errors.append(error)
