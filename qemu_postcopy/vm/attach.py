@@ -170,3 +170,13 @@ def _status_field(pid: int, name: str) -> str:
         return ""
     match = re.search(rf"^{name}:\s*(\S+)", text, re.MULTILINE)
     return match[1] if match else ""
+
+
+def drop_ptrace_rights() -> None:
+    """Gives CAP_SYS_PTRACE up for good: nothing after the attach needs it.
+
+    From then on /proc/PID/maps, fd and pagemap of a process with more rights than ours are closed
+    to this process.
+    """
+    error = new_error()
+    check(lib.qpc_capability_drop_ptrace(error), error)

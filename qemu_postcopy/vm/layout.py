@@ -24,7 +24,7 @@ Backing = Literal["anonymous", "memfd", "file", "hugetlb"]
 # `info ramblock`, a line per block: name, page size, offset, used length, maximal length, and from
 # QEMU 8.1 on the address in QEMU ("HVA") and a column for read-only blocks.
 RAMBLOCK_LINE = re.compile(
-    r"\s*(\S.*?)\s+(\d+) (B|KiB|MiB|GiB)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)"
+    r"\s*(|\S.*?)\s+(\d+) (B|KiB|MiB|GiB)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)"
     r"(?:\s+0x([0-9a-f]+)(?:\s+\w+)?)?\s*"
 )
 # `info mtree -f`: first-last guest physical address (prio N, kind): region [@offset in it]

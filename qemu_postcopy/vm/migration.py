@@ -136,14 +136,21 @@ def _plainest(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 async def _abandon(qmp: Qmp) -> None:
     """Cancels the migration and waits until QEMU is out of it, so that the guest runs on."""
-    with suppress(QmpError), qmp.listen("MIGRATION") as listener:
-        info = await qmp.execute("query-migrate", timeout=10)
-        if info.get("status") in (None, "none", *ENDED):
-            return
+    with suppress(QmpError):
         await qmp.execute("migrate_cancel", timeout=10)
-        info = await qmp.execute("query-migrate", timeout=10)
-        if info.get("status") not in (None, "none", *ENDED):
-            await listener.wait(lambda e: _status(e) in ENDED, timeout=30)
+        await settled(qmp)
+
+
+async def settled(qmp: Qmp) -> None:
+    """Waits until no migration is under way; QEMU reports each change while `events` is on."""
+    while True:
+        with qmp.listen("MIGRATION") as listener:
+            info = await qmp.execute("query-migrate", timeout=10)
+            if info.get("status") in (None, "none", *ENDED):
+                return
+            # Without the capability there are no events: ask again after a while.
+            with suppress(QmpError):
+                await listener.wait(timeout=0.2)
 
 
 async def _error_of(qmp: Qmp) -> str:

@@ -19,9 +19,9 @@ SKIPPED = 77
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     binary = tmp_path_factory.mktemp("inject") / "inject_test"
     sources = [DRIVER, *(NATIVE / name for name in ("inject.c", "uffd.c", "error.c"))]
-    flags = "-std=gnu11 -O1 -g -Wall -Wextra -Werror -Wno-unused-parameter -pthread".split()
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = ["cc", *flags, *sanitizers, f"-I{NATIVE}", *map(str, sources), "-o", str(binary)]
+    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+    flags += ["-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    command = ["cc", *flags, f"-I{NATIVE}", *map(str, sources), "-o", str(binary)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return binary
