@@ -112,6 +112,12 @@ class QmpError(PostcopyError):
     exit_code = 8
 
 
+class GuestEndedError(PostcopyError):
+    """QEMU ended while it was served: shut down, killed or crashed; nothing is left to serve."""
+
+    exit_code = 13
+
+
 class SourceError(PostcopyError):
     """Page data cannot be had.  The guest waits; nothing is made up in its place."""
 

@@ -1,0 +1,363 @@
+"""The command line: ``qemu-postcopy COMMAND``.
+
+Only arguments are understood here; each command imports what it needs when it runs, because the
+time from the command to the guest's first instruction is what users wait for.  Results go to
+stdout, logs and progress to stderr; the exit status is that of the exception (errors.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qemu_postcopy import __version__
+from qemu_postcopy.errors import PostcopyError
+
+#: Commands that live with what they command: name -> (module, attribute, one line of help).
+ELSEWHERE = {
+    "doctor": ("qemu_postcopy.doctor.commands", "doctor_command", "What this host can do."),
+    "image": ("qemu_postcopy.image.commands", "image_commands", "Look into and convert images."),
+    "bench": ("qemu_postcopy.bench.commands", "bench_commands", "Measure this host."),
+    "images": ("qemu_postcopy.images.commands", "images_commands", "Build test guests."),
+    "demo": ("qemu_postcopy.demo", "demo_command", "Snapshot and resume a real guest, verified."),
+}
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when it is used, or its help is shown; not to list it."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*self.commands, *ELSEWHERE])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in ELSEWHERE:
+            module, attribute, _ = ELSEWHERE[name]
+            command: click.Command = getattr(import_module(module), attribute)
+            return command
+        return super().get_command(context, name)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = {name: command.get_short_help_str(70) for name, command in self.commands.items()}
+        rows.update({name: entry[2] for name, entry in ELSEWHERE.items()})
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows.items()))
+
+
+class Size(click.ParamType):
+    """Bytes: 65536, 64K, 64KiB, 2M, 1G."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
+        shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:], 0)
+        digits = text[:-1] if shift else text
+        if not digits.isdigit():
+            self.fail(f"{value!r} is not a size; examples: 65536, 64K, 2MiB", parameter, context)
+        return int(digits) << shift
+
+
+class JsonLog(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qemu-postcopy")
+@click.option("-v", "--verbose", count=True, help="Log more; twice: everything.")
+@click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
+def commands(verbose: int, log_json: bool) -> None:
+    """Resume QEMU/KVM guests at once, their memory paged in on demand.
+
+    \b
+    Examples:
+      qemu-postcopy doctor                        what this host can do
+      qemu-postcopy demo                          see it work on a real guest
+      qemu-postcopy snapshot /run/vm.qmp vm.qpc   save a running guest
+      qemu-postcopy restore vm.qpc                resume it, in a fraction of a second
+      qemu-postcopy status                        what is being served
+
+    Shell completion: eval "$(_QEMU_POSTCOPY_COMPLETE=bash_source qemu-postcopy)"
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonLog() if log_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("qemu_postcopy").setLevel(level)
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+@commands.command()
+@click.argument("qmp", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "--then",
+    type=click.Choice(["as-before", "run", "stop", "quit"]),
+    default="as-before",
+    show_default=True,
+    help="What the guest does afterwards.",
+)
+@click.option(
+    "--max-downtime",
+    type=click.IntRange(1, 2_000_000),
+    metavar="MS",
+    help="Copy while the guest runs until stopping it takes no longer than this. A guest that "
+    "writes faster than the disk never gets there: interrupt, and it runs on unharmed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
+def snapshot(
+    qmp: Path, image: Path, then: str, max_downtime: int | None, as_json: bool
+) -> None:
+    """Save the guest behind the monitor socket QMP into the directory IMAGE.
+
+    The guest stops while its memory is written and then goes on as before. Interrupting (Ctrl-C)
+    leaves no image and the guest running. Disks are not part of an image: keep them as they were
+    at that moment.
+
+    \b
+    Examples:
+      qemu-postcopy snapshot /run/vm.qmp vm.qpc
+      qemu-postcopy snapshot --max-downtime 300 /run/vm.qmp vm.qpc
+      qemu-postcopy snapshot --then quit /run/vm.qmp vm.qpc
+    """
+    import asyncio
+
+    from qemu_postcopy.progress import byte_progress
+    from qemu_postcopy.snapshot import SnapshotOptions
+    from qemu_postcopy.snapshot import snapshot as take
+
+    options = SnapshotOptions(qmp=qmp, image=image, then=then, max_downtime_ms=max_downtime)
+    with byte_progress("saving") as progress:
+        result = asyncio.run(take(options, progress))
+    _show(
+        result.as_json(),
+        as_json,
+        f"{image}: {result.ram_bytes >> 20} MiB of RAM, {result.data_bytes >> 20} MiB of data; "
+        f"the guest stood still for {result.downtime_ms} ms",
+    )
+
+
+SERVING_OPTIONS = [
+    click.option("--name", help="The guest's name; default: the image's."),
+    click.option("--chunk", type=Size(), help="Bytes filled around a fault, 4K to 2M."),
+    click.option(
+        "--background/--no-background",
+        default=True,
+        show_default=True,
+        help="Fill what nobody asks for while the guest runs, then detach.",
+    ),
+    click.option(
+        "--rate", type=Size(), default=0, help="Limit of that, bytes per second; 0: none."
+    ),
+    click.option("--paused", is_flag=True, help="Leave the guest stopped (`cont` lets it run)."),
+    click.option("--verify", is_flag=True, help="Check the whole image first (reads all of it)."),
+    click.option(
+        "--wait",
+        type=click.Choice(["running", "complete"]),
+        default="running",
+        show_default=True,
+        help="Return when the guest runs, or when it has all of its memory.",
+    ),
+    click.option("--foreground", is_flag=True, help="Serve in this process; return when complete."),
+    click.option("--allow-newer-qemu", is_flag=True, help="Accept a QEMU newer than the image's."),
+    click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout."),
+]
+
+
+def serving_options(function: Any) -> Any:
+    """The options that restore and attach share."""
+    for option in reversed(SERVING_OPTIONS):
+        function = option(function)
+    return function
+
+
+@commands.command(context_settings={"ignore_unknown_options": False})
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--qemu", help="QEMU binary, instead of the one that made the image.")
+@click.option("--qemu-arg", multiple=True, metavar="ARG", help="One more argument for QEMU.")
+@serving_options
+def restore(
+    image: Path, command: tuple[str, ...], qemu: str | None, qemu_arg: tuple[str, ...], **rest: Any
+) -> None:
+    """Resume the guest in IMAGE: it runs at once, its memory follows.
+
+    QEMU is started with the command line recorded in the image, or with COMMAND (given after --,
+    without monitor and -incoming). A sidecar process serves the memory and goes when all of it is
+    there; until then, leave it alone.
+
+    \b
+    Examples:
+      qemu-postcopy restore vm.qpc
+      qemu-postcopy restore --wait complete --rate 200M vm.qpc
+      qemu-postcopy restore --name two vm.qpc
+      qemu-postcopy restore vm.qpc -- qemu-system-x86_64 -m 4G -machine pc ...
+    """
+    _serve(image, {"qemu": qemu, "command": command, "extra_arguments": qemu_arg}, rest)
+
+
+@commands.command()
+@click.argument("qmp", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path))
+@serving_options
+def attach(qmp: Path, image: Path, **rest: Any) -> None:
+    """Resume IMAGE in a QEMU that waits, started by somebody else with -incoming defer -S.
+
+    QMP is its monitor socket. Nothing else may be connected to it meanwhile.
+
+    \b
+    Example:
+      qemu-system-x86_64 ... -incoming defer -S -qmp unix:/run/vm.qmp,server=on,wait=off &
+      qemu-postcopy attach /run/vm.qmp vm.qpc
+    """
+    _serve(image, {"qmp": qmp}, rest)
+
+
+def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
+    from qemu_postcopy.restore import RestoreOptions
+    from qemu_postcopy.session import SessionOptions
+    from qemu_postcopy.sidecar import process
+    from qemu_postcopy.sidecar.rundir import RunDirectory
+
+    options = RestoreOptions(
+        image=image,
+        name=rest["name"],
+        paused=rest["paused"],
+        verify=rest["verify"],
+        session=SessionOptions(
+            chunk_size=rest["chunk"],
+            background=rest["background"],
+            background_rate=rest["rate"],
+            allow_newer_qemu=rest["allow_newer_qemu"],
+        ),
+        **target,
+    )
+    run = RunDirectory.create(options.run_name())
+    if rest["foreground"]:
+        sys.exit(process.serve(options, run, sys.stderr))
+    sidecar = process.spawn(options, run)
+    reached: dict[str, float] = {}
+    last: dict[str, Any] = {}
+    goal = "end" if rest["wait"] == "complete" else "loaded" if options.paused else "running"
+    try:
+        for event in sidecar.events():
+            last = event
+            if event["event"] == "state":
+                reached[event["state"]] = event["elapsed"]
+                if goal in reached:
+                    break
+    except KeyboardInterrupt:
+        if "loaded" not in reached:
+            raise
+        click.echo(
+            f"{run.name} runs on and is served by PID {sidecar.pid}; see: qemu-postcopy status",
+            err=True,
+        )
+        sys.exit(130)
+    record = run.read_record()
+    result = {
+        "name": run.name,
+        "run_directory": str(run.path),
+        "qmp": str(run.qmp_socket),
+        "pid": record.pid if record else 0,
+        "sidecar_pid": sidecar.pid,
+        "seconds": reached,
+        "statistics": last.get("statistics", {}),
+    }
+    if last.get("state") == "gone":
+        text = f"{run.name} ended while it was served"
+    elif goal == "end":
+        text = f"{run.name} has all of its memory (PID {result['pid']})"
+    else:
+        text = (
+            f"{run.name} {'is loaded' if options.paused else 'runs'} after "
+            f"{reached[goal] * 1000:.0f} ms (PID {result['pid']}, monitor {run.qmp_socket})"
+        )
+    _show(result, rest["as_json"], text)
+
+
+@commands.command()
+@click.argument("name", required=False)
+@click.option("--watch", is_flag=True, help="Go on until interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+def status(name: str | None, watch: bool, as_json: bool) -> None:
+    """What is served, how far it is, and what waits.
+
+    \b
+    Examples:
+      qemu-postcopy status
+      qemu-postcopy status --watch vm
+      qemu-postcopy status --json | jq '.[].statistics.pages_data_missing'
+    """
+    from qemu_postcopy import status as module
+
+    if watch and not as_json:
+        module.watch(name)
+    else:
+        guests = module.collect(name)
+        if as_json:
+            click.echo(json.dumps(guests, indent=2))
+        else:
+            module.show(guests)
+
+
+@commands.command()
+@click.argument("name")
+@click.option("--rate", type=Size(), default=0, help="Bytes per second; 0: no limit.")
+@click.option("--off", is_flag=True, help="Fill on demand only.")
+def fill(name: str, rate: int, off: bool) -> None:
+    """Change how the guest NAME is filled in the background.
+
+    \b
+    Examples:
+      qemu-postcopy fill vm --rate 100M
+      qemu-postcopy fill vm --off
+    """
+    from qemu_postcopy.sidecar.control import ask
+    from qemu_postcopy.sidecar.rundir import RunDirectory
+
+    ask(RunDirectory.find(name).control_socket, "background", enabled=not off, rate=rate)
+
+
+def main() -> None:
+    """Entry point: runs the command, turns our exceptions into a message and an exit status."""
+    try:
+        commands.main(standalone_mode=False)
+    except PostcopyError as error:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"  {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,182 @@
+"""The job "restore": a guest goes on from an image, its memory follows.
+
+    open the image -> launch or find QEMU -> attach -> serve -> load the device state
+    -> let the guest run -> fill in the background -> complete -> detach
+
+:func:`restore` is the whole life of a sidecar and runs in the event loop of whoever serves: the
+process that calls it must live until it returns, else the guest waits for another sidecar.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qemu_postcopy.errors import GuestEndedError, MismatchError, PostcopyError, UsageError
+from qemu_postcopy.session import Session, SessionOptions, State, StateChange
+from qemu_postcopy.sidecar.control import ControlServer
+from qemu_postcopy.sidecar.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """What to restore, and how.
+
+    Attributes:
+        image: the image's directory.
+        name: the guest's name, and that of its run directory; None: the image's file name.
+        qmp: monitor of a QEMU that waits in ``-incoming defer``; None: QEMU is launched.
+        qemu: binary to launch instead of the one that made the image.
+        command: whole QEMU command line instead of the image's own (without monitor, -incoming).
+        extra_arguments: added to the command line.
+        paused: leave the guest stopped after its state is loaded.
+        verify: check every hash of the image first (reads all of it).
+    """
+
+    image: Path
+    name: str | None = None
+    qmp: Path | None = None
+    qemu: str | None = None
+    command: tuple[str, ...] = ()
+    extra_arguments: tuple[str, ...] = ()
+    paused: bool = False
+    verify: bool = False
+    session: SessionOptions = field(default_factory=SessionOptions)
+
+    def run_name(self) -> str:
+        """The name, or the one that the image's directory suggests."""
+        return self.name or self.image.resolve().name.removesuffix(".qpc")
+
+
+async def restore(
+    options: RestoreOptions,
+    run: RunDirectory,
+    listener: Callable[[StateChange], None] | None = None,
+) -> Session:
+    """Restores and serves until the guest has all of its memory; returns the detached session.
+
+    Raises:
+        PostcopyError: before there is a guest (the session's state says how far it came): nothing
+            was lost.
+        GuestEndedError: QEMU ended while it was served.
+    """
+    from qemu_postcopy.image.image import Image
+
+    image = Image.open(options.image)
+    if options.verify:
+        await asyncio.to_thread(image.verify)
+    session = Session(image, run, options.session, listener)
+    control = ControlServer(run.control_socket, _handlers(session))
+    loop = asyncio.get_running_loop()
+    try:
+        if options.qmp is not None:
+            await session.find(options.qmp)
+        else:
+            await session.launch(command_line(image.manifest, options, run))
+        await session.attach()
+        session.serve()
+        await control.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _finish, session)
+        await session.load_device_state()
+        if not options.paused:
+            await session.resume()
+        session.start_background()
+        await session.release_monitor()
+        await session.wait_complete()
+        session.detach()
+        return session
+    except PostcopyError:
+        raise
+    except Exception:
+        if session.state not in (State.LOADED, State.RUNNING, State.COMPLETE):
+            raise
+        # There is a guest, and data of it is missing: whatever went wrong here, serve on.
+        log.exception("the control plane failed; the guest is served on without it")
+        await session.wait_gone()
+        raise GuestEndedError("QEMU has ended", vm=session.run.name) from None
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with suppress(ValueError, RuntimeError):
+                loop.remove_signal_handler(number)
+        await control.close()
+        await session.close()
+
+
+def command_line(manifest: Any, options: RestoreOptions, run: RunDirectory) -> list[str]:
+    """The QEMU command line of a restore, without monitor.
+
+    Raises:
+        UsageError: the image does not say how to launch its guest, and neither do the options.
+    """
+    from qemu_postcopy.vm.spec import restore_arguments
+
+    argv = list(options.command)
+    if not argv:
+        recorded = manifest.launch.get("argv")
+        if not recorded:
+            raise UsageError(
+                "the image does not say how its guest was launched",
+                hint="give the QEMU command line: qemu-postcopy restore IMAGE -- qemu-system-... ",
+            )
+        # Files of the guest's old run directory (its console) are to be in the new one.
+        old = manifest.launch.get("run_directory")
+        argv = [part.replace(f"{old}/", f"{run.path}/") if old else part for part in recorded]
+        if not all(isinstance(part, str) for part in argv):
+            raise MismatchError("the recorded command line is damaged")
+    argv = restore_arguments(argv, manifest.machine)
+    if options.qemu is not None:
+        argv[0] = options.qemu
+    argv += options.extra_arguments
+    log.info("launching %s", shlex.join(argv))
+    return argv
+
+
+def _finish(session: Session) -> None:
+    """SIGTERM and SIGINT: never abandon a guest; fill the rest at full speed, then detach."""
+    log.warning("asked to end: filling the rest, then detaching")
+    if session.pager is not None:
+        session.pager.set_background(True, 0)
+
+
+def _handlers(session: Session) -> dict[str, Any]:
+    async def status(_: dict[str, Any]) -> dict[str, Any]:
+        return describe(session)
+
+    async def background(request: dict[str, Any]) -> dict[str, Any]:
+        enabled, rate = request.get("enabled"), request.get("rate", 0)
+        if not isinstance(enabled, bool) or not isinstance(rate, int) or not 0 <= rate < 1 << 60:
+            raise UsageError('"enabled" must be true or false, "rate" bytes per second')
+        if session.pager is not None:
+            session.pager.set_background(enabled, rate)
+        return {}
+
+    return {"status": status, "background": background}
+
+
+def describe(session: Session) -> dict[str, Any]:
+    """What `status` tells of a session, as JSON has it."""
+    statistics = asdict(session.statistics())
+    statistics["state"] = session.statistics().state.name.lower()
+    return {
+        "name": session.run.name,
+        "state": str(session.state),
+        "pid": session.identity.pid if session.identity else 0,
+        "image": str(session.image.path),
+        "trouble": session.trouble(),
+        "statistics": statistics,
+    }
+
+
+def with_name(options: RestoreOptions) -> RestoreOptions:
+    """The same options with the name filled in."""
+    return replace(options, name=options.run_name())

@@ -1,0 +1,503 @@
+"""One guest under the pager: the state machine that owns the order of the control flow.
+
+    launch or find QEMU -> attach -> serve -> load the device state -> run -> complete -> detach
+
+Each step checks the state it starts from; a step in the wrong state is refused with both states
+named.  What can be checked is checked before anything is changed, and everything is registered and
+served before a byte of device state loads, because loading touches guest memory.  A failure before
+the device state is loaded costs nothing but the empty QEMU; after that the session never
+unregisters memory whose data is missing: whatever happens to it, the guest waits.
+
+All methods are coroutines of one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_postcopy.errors import (
+    GuestEndedError,
+    MismatchError,
+    PostcopyError,
+    StateError,
+)
+from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
+
+if TYPE_CHECKING:
+    from qemu_postcopy.image.image import Image
+    from qemu_postcopy.paging.ledger import Ledger
+    from qemu_postcopy.paging.pager import Pager, Statistics
+    from qemu_postcopy.vm.launch import QemuProcess
+    from qemu_postcopy.vm.layout import RamBlock
+    from qemu_postcopy.vm.process import ProcessIdentity
+    from qemu_postcopy.vm.qmp import Qmp
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """Where a session stands."""
+
+    NEW = "new"
+    FOUND = "found"  # QEMU waits for a migration, its monitor answers, it fits the image
+    ATTACHED = "attached"  # its userfaultfd is ours, its RAM is known and empty
+    SERVING = "serving"  # RAM is registered, the pager answers
+    LOADED = "loaded"  # the device state is in: from now on there is a guest to lose
+    RUNNING = "running"
+    COMPLETE = "complete"  # every page with data is present
+    DETACHED = "detached"  # RAM is the kernel's again; the guest never knew
+    FAILED = "failed"  # before LOADED only
+    GONE = "gone"  # QEMU has ended
+
+
+#: From which states each state can be entered.
+ENTRANCES: dict[State, frozenset[State]] = {
+    State.FOUND: frozenset({State.NEW}),
+    State.ATTACHED: frozenset({State.FOUND}),
+    State.SERVING: frozenset({State.ATTACHED}),
+    State.LOADED: frozenset({State.SERVING}),
+    State.RUNNING: frozenset({State.LOADED}),
+    State.COMPLETE: frozenset({State.LOADED, State.RUNNING}),
+    State.DETACHED: frozenset({State.COMPLETE}),
+    State.FAILED: frozenset({State.NEW, State.FOUND, State.ATTACHED, State.SERVING}),
+    State.GONE: frozenset({State.SERVING, State.LOADED, State.RUNNING, State.COMPLETE}),
+}
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a guest is served.
+
+    ``chunk_size`` in bytes (None: the image's own, else the default), ``background_rate`` in bytes
+    per second (0: no limit), ``spin_limit_us`` None for the default.
+    """
+
+    chunk_size: int | None = None
+    background: bool = True
+    background_rate: int = 0
+    spin_limit_us: int | None = None
+    allow_newer_qemu: bool = False
+    #: give CAP_SYS_PTRACE up, for the whole process and for good, once it is not needed any more
+    drop_rights: bool = False
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """Told to the listener at each step; ``elapsed`` in seconds since the session was made."""
+
+    state: State
+    elapsed: float
+
+
+class Session:
+    """Serves one guest from one image.
+
+    Args:
+        image: opened; stays the caller's.
+        run: the guest's run directory.
+        listener: called at each change of state, in the event loop.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        run: RunDirectory,
+        options: SessionOptions,
+        listener: Callable[[StateChange], None] | None = None,
+    ) -> None:
+        self.image = image
+        self.run = run
+        self.options = options
+        self.state = State.NEW
+        self.pager: Pager | None = None
+        self.identity: ProcessIdentity | None = None
+        self._listener = listener
+        self._began = time.monotonic()
+        self._owned: QemuProcess | None = None
+        self._qmp: Qmp | None = None
+        self._layout: list[RamBlock] = []
+        self._userfaultfd = -1
+        self._userfaultfd_number = -1
+        self._ledger: Ledger | None = None
+        self._cleanup = contextlib.ExitStack()
+
+    # --- the steps -------------------------------------------------------------------------------
+
+    async def launch(self, argv: list[str]) -> None:
+        """Starts QEMU (``argv`` without monitor and ``-incoming``) and checks that it fits.
+
+        Raises:
+            LaunchError: it did not start; carries its output.
+            MismatchError: it is not a QEMU that this image can be resumed in.
+        """
+        from qemu_postcopy.vm.launch import launch
+
+        self._require(State.FOUND)
+        self._owned = launch(argv, self.run.path)
+        self._cleanup.callback(self._owned.close)
+        self.identity = self._owned.identity
+        self._qmp = await self._owned.connect()
+        await self._check_fits()
+        self._enter(State.FOUND)
+
+    async def find(self, qmp_path: Path) -> None:
+        """Takes a QEMU that somebody else started with ``-incoming defer``.
+
+        Raises:
+            QmpError: no monitor answers there.
+            StateError: it does not wait for a migration.
+            MismatchError: it is not a QEMU that this image can be resumed in.
+        """
+        from qemu_postcopy.vm.process import ProcessIdentity
+        from qemu_postcopy.vm.qmp import Qmp
+
+        self._require(State.FOUND)
+        self._qmp = await Qmp.connect(qmp_path)
+        self.identity = ProcessIdentity.open(self._qmp.peer_pid())
+        self._cleanup.callback(self.identity.close)
+        self.identity.require_qemu()
+        await self._check_fits()
+        self._enter(State.FOUND)
+
+    async def attach(self) -> None:
+        """Learns the layout, empties RAM that is pre-populated, takes the userfaultfd.
+
+        Raises:
+            AttachError: rights are missing, or RAM is of a kind that cannot be paged; QEMU is left
+                as it was.
+        """
+        from qemu_postcopy.vm.attach import drop_ptrace_rights, take_userfaultfd
+        from qemu_postcopy.vm.emptiness import ensure_empty
+        from qemu_postcopy.vm.layout import read_layout
+
+        self._require(State.ATTACHED)
+        assert self._qmp is not None and self.identity is not None
+        self._layout = await read_layout(self._qmp, self.identity)
+        self._check_blocks()
+        for block in self._layout:
+            ensure_empty(block, self.identity)
+        taken = take_userfaultfd(self.identity)
+        self._userfaultfd = taken.descriptor
+        self._userfaultfd_number = taken.remote_descriptor
+        self._cleanup.callback(os.close, taken.descriptor)
+        if self.options.drop_rights:
+            drop_ptrace_rights()
+        self._enter(State.ATTACHED)
+
+    def serve(self) -> None:
+        """Registers every block and starts the pager."""
+        from qemu_postcopy.image.page_data import data_bitmap
+        from qemu_postcopy.paging import registration
+        from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
+        from qemu_postcopy.paging.pager import (
+            DEFAULT_SPIN_LIMIT_US,
+            Pager,
+            PagerBlock,
+        )
+
+        self._require(State.SERVING)
+        blocks = []
+        for block in self._layout:
+            fd, offset = self.image.open_block(block.name)
+            self._cleanup.callback(os.close, fd)
+            blocks.append(
+                PagerBlock(
+                    block.name,
+                    block.address,
+                    block.size_bytes,
+                    block.page_size_bytes,
+                    fd,
+                    offset,
+                    data_bitmap(fd, offset, block.size_bytes, block.page_size_bytes),
+                )
+            )
+        self._ledger = Ledger.create(
+            self.run.ledger, [LedgerBlock(b.name, b.page_size, b.length) for b in blocks]
+        )
+        self._cleanup.callback(self._ledger.close)
+        options = self.options
+        spin = options.spin_limit_us
+        self.pager = Pager(
+            self._userfaultfd,
+            blocks,
+            self._ledger,
+            chunk_size=options.chunk_size or self.image.manifest.chunk_size_bytes,
+            # Nothing is filled ahead before the guest runs: loading the device state comes first.
+            background=False,
+            background_rate=options.background_rate,
+            spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
+        )
+        self._cleanup.callback(self.pager.close)
+        registration.negotiate(self._userfaultfd)
+        for block in self._layout:
+            registration.register(self._userfaultfd, block.address, block.size_bytes)
+        self.pager.start()
+        self._enter(State.SERVING)
+
+    async def load_device_state(self) -> None:
+        """Lets QEMU load everything but the memory.
+
+        Raises:
+            MismatchError: QEMU refused it; its words are in the message.
+        """
+        from qemu_postcopy.image.device_state import open_device_state
+        from qemu_postcopy.vm import migration
+
+        self._require(State.LOADED)
+        assert self._qmp is not None
+        descriptor = open_device_state(self.image)
+        try:
+            await migration.load(self._qmp, descriptor)
+        except PostcopyError as error:
+            output = self._owned.output() if self._owned else ""
+            raise MismatchError(
+                f"QEMU could not load the device state: {error.message}\n{output}".rstrip(),
+                hint="the devices on its command line must be those of the snapshot",
+            ) from error
+        finally:
+            os.close(descriptor)
+        self._enter(State.LOADED)
+
+    async def resume(self) -> None:
+        """Lets the guest run; from now on the background fills, if it may."""
+        self._require(State.RUNNING)
+        assert self._qmp is not None
+        await self._qmp.execute("cont")
+        self._enter(State.RUNNING)
+
+    async def release_monitor(self) -> None:
+        """Gives the monitor back to its operators; it is not needed for serving."""
+        if self._qmp is not None:
+            await self._qmp.close()
+            self._qmp = None
+
+    def start_background(self) -> None:
+        """Begins to fill what nobody has asked for yet, if the options allow it."""
+        assert self.pager is not None
+        if self.options.background:
+            self.pager.set_background(True, self.options.background_rate)
+
+    async def wait_complete(self) -> None:
+        """Serves until every page with data is present, or QEMU has ended.
+
+        Raises:
+            GuestEndedError: QEMU ended first.  That is no error where the guest was shut down.
+        """
+        from qemu_postcopy.paging.pager import PagerState
+
+        assert self.pager is not None and self.identity is not None
+        loop = asyncio.get_running_loop()
+        told = asyncio.Event()
+        notify_fd = self.pager.notify_fd()
+
+        def note() -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(notify_fd, 8)
+            told.set()
+
+        loop.add_reader(notify_fd, note)
+        loop.add_reader(self.identity.pidfd, told.set)
+        trouble = ""
+        try:
+            while True:
+                state = self.pager.statistics().state
+                if trouble != (trouble := self.trouble()):
+                    log.warning(trouble or "page data can be had again")
+                if not self.identity.is_alive() or state is PagerState.MAPPER_GONE:
+                    self._enter(State.GONE)
+                    raise GuestEndedError("QEMU has ended", vm=self.identity.pid)
+                if state is PagerState.COMPLETE:
+                    break
+                told.clear()
+                await told.wait()
+        finally:
+            loop.remove_reader(notify_fd)
+            loop.remove_reader(self.identity.pidfd)
+        self._enter(State.COMPLETE)
+
+    async def wait_gone(self) -> None:
+        """Returns when QEMU has ended; the pager serves all the while."""
+        assert self.identity is not None
+        loop = asyncio.get_running_loop()
+        gone = asyncio.Event()
+        loop.add_reader(self.identity.pidfd, gone.set)
+        await gone.wait()
+        loop.remove_reader(self.identity.pidfd)
+
+    def detach(self) -> None:
+        """Gives the memory back to the kernel: data is all there, what is missing is zero.
+
+        The pager goes on reading events until the last block is unregistered, since a thread of
+        QEMU that gives memory back waits until its event is read.
+        """
+        from qemu_postcopy.paging import registration
+
+        self._require(State.DETACHED)
+        assert self.pager is not None
+        for block in self._layout:
+            registration.unregister(self._userfaultfd, block.address, block.size_bytes)
+        self._enter(State.DETACHED)
+        self.pager.stop()
+
+    async def close(self) -> None:
+        """Frees what this process holds.  A guest that exists is not touched: while data is
+        missing it waits for a sidecar.  A QEMU of ours without a guest in it is ended."""
+        without_guest = self.state in ENTRANCES[State.FAILED]
+        if without_guest:
+            self._enter(State.FAILED)
+        try:
+            await self.release_monitor()
+        finally:
+            if without_guest and self._owned is not None:
+                self._owned.kill()
+            elif without_guest:
+                self._unregister_empty()
+            self._cleanup.close()
+
+    # --- for others ------------------------------------------------------------------------------
+
+    def statistics(self) -> Statistics:
+        """The pager's counters; StateError before there is one."""
+        if self.pager is None:
+            raise StateError(f"nothing is served yet: the session is {self.state}")
+        return self.pager.statistics()
+
+    def trouble(self) -> str:
+        """Why faults wait, in words, or an empty string while all is well."""
+        if self.pager is None:
+            return ""
+        statistics = self.pager.statistics()
+        if not (statistics.last_error and statistics.faults_waiting):
+            return ""
+        block = self._layout[statistics.last_error_block].name
+        if statistics.last_error == errno.ENODATA:
+            reason = "the image's page file was cut short: put its data back"
+        else:
+            reason = os.strerror(statistics.last_error)
+        return (
+            f"page {statistics.last_error_page} of block {block} cannot be had: {reason}; "
+            f"{statistics.faults_waiting} faults wait, and are tried again"
+        )
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _require(self, next_state: State) -> None:
+        if self.state not in ENTRANCES[next_state]:
+            allowed = " or ".join(sorted(ENTRANCES[next_state]))
+            raise StateError(
+                f"cannot become {next_state}: the session is {self.state}, must be {allowed}"
+            )
+
+    def _enter(self, state: State) -> None:
+        self._require(state)
+        self.state = state
+        elapsed = time.monotonic() - self._began
+        self._record()
+        if self._listener is not None:
+            self._listener(StateChange(state, elapsed))
+
+    def _record(self) -> None:
+        identity = self.identity
+        self.run.write_record(
+            SessionRecord(
+                image=str(self.image.path),
+                state=str(self.state),
+                pid=identity.pid if identity else 0,
+                start_time=identity.start_time if identity else 0,
+                sidecar_pid=os.getpid(),
+                userfaultfd=self._userfaultfd_number,
+                chunk_size=self.options.chunk_size or self.image.manifest.chunk_size_bytes,
+                blocks=[
+                    {
+                        "name": block.name,
+                        "address": block.address,
+                        "length": block.size_bytes,
+                        "page_size": block.page_size_bytes,
+                    }
+                    for block in self._layout
+                ],
+                statistics=asdict(self.pager.statistics()) if self.pager else {},
+            )
+        )
+
+    async def _check_fits(self) -> None:
+        from qemu_postcopy.vm.refusals import refusals
+
+        assert self._qmp is not None
+        manifest = self.image.manifest
+        qmp = self._qmp
+        status = await qmp.status()
+        if status != "inmigrate":
+            raise StateError(
+                f"QEMU is {status}; it must wait for a migration (inmigrate)",
+                hint="start it with -incoming defer",
+            )
+        architecture = await qmp.target()
+        if architecture != manifest.architecture:
+            raise MismatchError(
+                f"the image is of a {manifest.architecture} guest, this QEMU is for {architecture}",
+                hint=f"use qemu-system-{manifest.architecture}",
+            )
+        machine = await qmp.machine_type()
+        if machine != manifest.machine:
+            raise MismatchError(
+                f"the image is of machine type {manifest.machine}, QEMU was started with "
+                f"{machine}",
+                hint=f"start it with -machine {manifest.machine}",
+            )
+        self._check_version(qmp.version[:2])
+        reasons = await refusals(qmp)
+        if reasons:
+            raise MismatchError("this guest's memory cannot be paged: " + "; ".join(reasons))
+
+    def _check_version(self, version: tuple[int, ...]) -> None:
+        recorded = self.image.manifest.qemu_version
+        if recorded is None:  # imported from a file that does not tell
+            return
+        made_by = tuple(int(part) for part in recorded.split(".")[:2])
+        ours, theirs = ".".join(map(str, version)), ".".join(map(str, made_by))
+        if version < made_by:
+            raise MismatchError(
+                f"this QEMU ({ours}) is older than the one that made the image ({theirs})",
+                hint=f"restore with QEMU {theirs} or newer: choose it by --qemu",
+            )
+        if version > made_by and not self.options.allow_newer_qemu:
+            raise MismatchError(
+                f"this QEMU ({ours}) is newer than the one that made the image ({theirs})",
+                hint=f"restore with QEMU {theirs} (--qemu), or pass --allow-newer-qemu: QEMU "
+                f"supports that for versioned machine types",
+            )
+
+    def _check_blocks(self) -> None:
+        wanted = {block.name: block.size_bytes for block in self.image.manifest.blocks}
+        found = {block.name: block.size_bytes for block in self._layout}
+        if wanted == found:
+            return
+        listed = [
+            ", ".join(f"{name} {size >> 20} MiB" for name, size in sorted(blocks.items())) or "none"
+            for blocks in (wanted, found)
+        ]
+        raise MismatchError(
+            f"RAM does not match: the image has {listed[0]}; QEMU has {listed[1]}",
+            hint="start QEMU with the -m and memory back-ends (ids, sizes) of the snapshot",
+        )
+
+    def _unregister_empty(self) -> None:
+        """QEMU is somebody else's and nothing was loaded: leave it as it was found."""
+        from qemu_postcopy.paging import registration
+
+        if self.pager is None:
+            return
+        for block in self._layout:
+            with contextlib.suppress(PostcopyError):
+                registration.unregister(self._userfaultfd, block.address, block.size_bytes)

@@ -1,0 +1,117 @@
+"""Running a restore in a process of its own, and being told how it goes.
+
+The command line tool forks the sidecar off before anything slow is imported; the child leads its
+own session, writes its log into the run directory and reports each step over a pipe, one JSON
+object a line, for as long as somebody reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import IO, Any
+
+from qemu_postcopy import errors
+from qemu_postcopy.restore import RestoreOptions, describe, restore
+from qemu_postcopy.session import StateChange
+from qemu_postcopy.sidecar.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Sidecar:
+    """A sidecar that was started: its PID, and its reports until it ends or is left alone."""
+
+    pid: int
+    reports: IO[str]
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Its reports, in order, until it ends.
+
+        Raises:
+            PostcopyError: what made the restore fail, as the sidecar raised it.
+            SidecarError: it died without a word.
+        """
+        ended = False
+        for line in self.reports:
+            event = json.loads(line)
+            if event["event"] == "error":
+                raise _error_from(event)
+            ended = event["event"] == "end"
+            yield event
+        if not ended:
+            raise errors.SidecarError(
+                f"the sidecar (PID {self.pid}) died", hint="its log in the run directory may say why"
+            )
+
+
+def _error_from(event: dict[str, Any]) -> errors.PostcopyError:
+    kind = getattr(errors, event["class"], errors.PostcopyError)
+    if kind is errors.LaunchError:
+        return errors.LaunchError(
+            event["message"], command=[], returncode=None, output="", hint=event["hint"]
+        )
+    error: errors.PostcopyError = kind(event["message"], hint=event["hint"])
+    return error
+
+
+def spawn(options: RestoreOptions, run: RunDirectory) -> Sidecar:
+    """Forks the sidecar.  Only for a process with a single thread, and no event loop running.
+
+    Another program starts ``qemu-postcopy restore`` as a command, or awaits
+    :func:`qemu_postcopy.restore.restore` and serves by itself.
+    """
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write_end)
+        return Sidecar(pid, os.fdopen(read_end))
+    status = 1
+    try:
+        os.close(read_end)
+        os.setsid()
+        null = os.open("/dev/null", os.O_RDWR)
+        output = os.open(run.sidecar_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for source, target in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        status = serve(options, run, os.fdopen(write_end, "w", buffering=1))
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve(options: RestoreOptions, run: RunDirectory, reports: IO[str]) -> int:
+    """Restores and serves in this process; returns the exit status."""
+
+    def report(event: str, **details: Any) -> None:
+        with suppress(OSError, ValueError):  # nobody listens any more
+            reports.write(json.dumps({"event": event, **details}) + "\n")
+
+    def changed(change: StateChange) -> None:
+        log.info("%s after %.3f s", change.state, change.elapsed)
+        report("state", state=str(change.state), elapsed=change.elapsed)
+
+    try:
+        own = replace(options, session=replace(options.session, drop_rights=True))
+        session = asyncio.run(restore(own, run, changed))
+    except errors.GuestEndedError as error:
+        log.warning("%s", error.message)
+        report("end", state="gone")
+        return 0
+    except errors.PostcopyError as error:
+        log.error("%s", error)
+        report("error", **{"class": type(error).__name__}, message=error.message, hint=error.hint)
+        return error.exit_code
+    except Exception as error:
+        log.exception("the sidecar failed")
+        report("error", **{"class": "SidecarError"}, message=f"internal error: {error!r}", hint="")
+        return errors.SidecarError.exit_code
+    report("end", **describe(session))
+    return 0

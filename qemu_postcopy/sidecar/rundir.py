@@ -1,0 +1,215 @@
+"""Run directories: one per guest, where sidecar, QEMU and operators meet.
+
+A run directory holds the guest's monitor and console, the ledger, the sidecar's control socket and
+log, and ``session.json``, which says which process is paged from which image.  Directories are
+0700 and belong to the user who runs the guest; one of somebody else is never used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from qemu_postcopy.errors import (
+    HostError,
+    PostcopyError,
+    SidecarError,
+    StateError,
+    UsageError,
+)
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
+
+
+def base_directory() -> Path:
+    """``$QEMU_POSTCOPY_RUN_DIR``, else /run/qemu-postcopy for root and the user's runtime directory
+    otherwise.  Short, because a UNIX socket's path holds 107 bytes."""
+    override = os.environ.get("QEMU_POSTCOPY_RUN_DIR")
+    if override:
+        return Path(override)
+    if os.geteuid() == 0:
+        return Path("/run/qemu-postcopy")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return Path(runtime) / "qemu-postcopy"
+    return Path(f"/tmp/qemu-postcopy-{os.geteuid()}")
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """What ``session.json`` says: enough to find the guest, and to take over from a dead sidecar.
+
+    ``pid`` and ``start_time`` (clock ticks since boot) identify QEMU; ``userfaultfd`` is the
+    descriptor's number in QEMU; ``blocks`` lists name, address, length and page size (bytes).
+    """
+
+    image: str
+    state: str
+    pid: int = 0
+    start_time: int = 0
+    sidecar_pid: int = 0
+    userfaultfd: int = -1
+    chunk_size: int = 0
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+class RunDirectory:
+    """One guest's directory.  Made by :meth:`create`, found by :meth:`find`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The guest's name among this user's guests."""
+        return self.path.name
+
+    @property
+    def qmp_socket(self) -> Path:
+        """QEMU's monitor."""
+        return self.path / "qmp.sock"
+
+    @property
+    def control_socket(self) -> Path:
+        """The sidecar's."""
+        return self.path / "control.sock"
+
+    @property
+    def ledger(self) -> Path:
+        """See :mod:`qemu_postcopy.paging.ledger`."""
+        return self.path / "ledger"
+
+    @property
+    def sidecar_log(self) -> Path:
+        """What the sidecar had to say."""
+        return self.path / "sidecar.log"
+
+    @classmethod
+    def create(cls, name: str, base: Path | None = None) -> Self:
+        """Makes the directory; one left by a guest that has ended is emptied first.
+
+        Raises:
+            UsageError: the name cannot be one.
+            HostError: it, or the directory above, belongs to somebody else or cannot be made.
+            StateError: a guest of that name runs.
+        """
+        if not NAME.fullmatch(name):
+            raise UsageError(
+                f"{name!r} cannot be a guest's name",
+                hint="letters, digits, '_', '.' and '-', at most 48 of them: choose one by --name",
+            )
+        base = base or base_directory()
+        directory = cls(base / name)
+        if len(os.fsencode(directory.path)) > 90:
+            raise UsageError(
+                f"the run directory's path is too long for sockets in it: {directory.path}",
+                hint="choose a shorter one by QEMU_POSTCOPY_RUN_DIR or --name",
+            )
+        try:
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_owner(base)
+            if directory.path.is_symlink() or directory.path.exists():
+                _check_owner(directory.path)
+                record = directory.read_record(missing_ok=True)
+                if record and directory.guest_alive(record):
+                    raise StateError(
+                        f"a guest named {name} runs already (PID {record.pid})",
+                        hint=f"choose another name by --name, or end it: kill {record.pid}",
+                    )
+                shutil.rmtree(directory.path)
+            directory.path.mkdir(mode=0o700)
+        except OSError as error:
+            raise HostError(
+                f"cannot make the run directory {directory.path}: {error.strerror}",
+                hint="choose another place by QEMU_POSTCOPY_RUN_DIR",
+            ) from error
+        return directory
+
+    @classmethod
+    def find(cls, name: str, base: Path | None = None) -> Self:
+        """The directory of a guest that was restored before.
+
+        Raises:
+            SidecarError: there is none; the names that exist are listed.
+        """
+        base = base or base_directory()
+        if NAME.fullmatch(name) and (base / name / "session.json").exists():
+            _check_owner(base / name)
+            return cls(base / name)
+        names = ", ".join(directory.name for directory in list_directories(base)) or "none"
+        raise SidecarError(f"no guest named {name} is known", hint=f"known in {base}: {names}")
+
+    def write_record(self, record: SessionRecord) -> None:
+        """Replaces ``session.json`` in one step."""
+        temporary = self.path / "session.json.new"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(record), file, indent=1)
+        temporary.rename(self.path / "session.json")
+
+    def update_record(self, **changes: Any) -> None:
+        """Changes some fields of ``session.json``."""
+        record = self.read_record()
+        if record is not None:
+            self.write_record(replace(record, **changes))
+
+    def read_record(self, *, missing_ok: bool = False) -> SessionRecord | None:
+        """What ``session.json`` says; None where there is none and that is allowed.
+
+        Raises:
+            SidecarError: it is missing or damaged.
+        """
+        path = self.path / "session.json"
+        try:
+            return SessionRecord(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            if missing_ok:
+                return None
+            raise SidecarError(f"{path} is missing", hint="the guest was never restored") from None
+        except (ValueError, TypeError) as error:
+            raise SidecarError(f"{path} is damaged: {error}") from error
+
+    @staticmethod
+    def guest_alive(record: SessionRecord) -> bool:
+        """True while the very process of the record lives (a reused PID is another process)."""
+        from qemu_postcopy.vm.process import ProcessIdentity
+
+        try:
+            ProcessIdentity.open(record.pid, record.start_time).close()
+        except PostcopyError:
+            return False
+        return True
+
+
+def list_directories(base: Path | None = None) -> list[RunDirectory]:
+    """All run directories of this user, by name; those of others are left out."""
+    base = base or base_directory()
+    if not base.is_dir():
+        return []
+    return [
+        RunDirectory(path)
+        for path in sorted(base.iterdir())
+        if (path / "session.json").exists() and path.stat().st_uid == os.geteuid()
+    ]
+
+
+def _check_owner(path: Path) -> None:
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise HostError(f"{path} is not a directory", hint="remove it, or choose another --name")
+    if found.st_uid != os.geteuid():
+        raise HostError(
+            f"{path} belongs to user {found.st_uid}, not to you ({os.geteuid()})",
+            hint="what is in it is not to be trusted: choose another place by QEMU_POSTCOPY_RUN_DIR",
+        )
+    if found.st_mode & 0o022:
+        raise HostError(
+            f"{path} can be written by others", hint=f"run: chmod go-w {path}, and look what is in it"
+        )

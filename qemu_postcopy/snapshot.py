@@ -1,0 +1,197 @@
+"""The job "snapshot": a running guest becomes an image.
+
+    connect -> refuse what cannot be paged -> migrate into a pipe, taken apart as it comes
+    -> let the guest go on -> checksums and manifest -> rename into place
+
+The guest is stopped by QEMU itself and only for the stream; whatever fails, is interrupted or
+killed leaves the guest running and no image under the final name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qemu_postcopy.errors import MismatchError, UsageError
+from qemu_postcopy.image.stream import Demultiplexer, StreamSummary
+from qemu_postcopy.image.writer import ImageWriter
+from qemu_postcopy.progress import ByteProgress
+from qemu_postcopy.vm import migration
+from qemu_postcopy.vm.guard import Guard
+from qemu_postcopy.vm.launch import OPERATOR_ID
+from qemu_postcopy.vm.layout import parse_ramblocks
+from qemu_postcopy.vm.process import ProcessIdentity
+from qemu_postcopy.vm.qmp import Qmp
+from qemu_postcopy.vm.refusals import refusals
+
+log = logging.getLogger(__name__)
+
+PIPE_BYTES = 1 << 20
+PROGRESS_SECONDS = 0.1
+THEN = ("as-before", "run", "stop", "quit")
+
+
+@dataclass(frozen=True)
+class SnapshotOptions:
+    """What to save, and how.
+
+    Attributes:
+        qmp: the guest's monitor, a UNIX socket (its peer must be QEMU itself).
+        image: directory to make.
+        then: what the guest does afterwards: `as-before`, `run`, `stop` or `quit`.
+        max_downtime_ms: copy while the guest runs until stopping it takes no longer; None: stop it
+            (almost) at once, which is soonest over.
+    """
+
+    qmp: Path
+    image: Path
+    then: str = "as-before"
+    max_downtime_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class SnapshotResult:
+    """What became of it; sizes in bytes, times in milliseconds."""
+
+    image: Path
+    ram_bytes: int
+    data_bytes: int
+    downtime_ms: int
+    total_ms: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return {**asdict(self), "image": str(self.image)}
+
+
+async def snapshot(options: SnapshotOptions, progress: ByteProgress | None = None) -> SnapshotResult:
+    """Saves a guest.  Cancelling the task is safe at any point: the guest runs on.
+
+    Raises:
+        QmpError: the monitor cannot be reached, or QEMU refused.
+        MismatchError: a guest whose memory cannot be paged (VFIO, encrypted).
+        HostError: disk full, or no right to write there.
+        UsageError: the image exists already; an unknown ``then``.
+    """
+    if options.then not in THEN:
+        raise UsageError(f"then={options.then!r} is unknown", hint=f"one of {', '.join(THEN)}")
+    began = time.monotonic()
+    with ImageWriter(options.image) as writer:
+        async with await Qmp.connect(options.qmp) as qmp:
+            before = await qmp.status()
+            described = await _describe(qmp)
+            page_sizes = await _lazy_blocks(qmp)
+            goes_on = options.then == "run" or (options.then == "as-before" and before == "running")
+            with Guard(options.qmp) if goes_on else nullcontext():
+                summary = await _save(
+                    qmp, writer, list(page_sizes), options.max_downtime_ms, progress
+                )
+                downtime = int((await qmp.execute("query-migrate")).get("downtime", 0))
+                if goes_on:
+                    await migration.let_run(qmp)
+                elif options.then == "quit":
+                    await qmp.execute("quit")
+        finish = partial(writer.finish, summary, page_sizes_bytes=page_sizes, **described)
+        image = await asyncio.to_thread(finish, progress=progress)
+    manifest = image.manifest
+    return SnapshotResult(
+        image=options.image,
+        ram_bytes=sum(block.size_bytes for block in manifest.blocks),
+        data_bytes=sum(block.data_bytes for block in manifest.blocks),
+        downtime_ms=downtime,
+        total_ms=int((time.monotonic() - began) * 1000),
+    )
+
+
+async def _save(
+    qmp: Qmp,
+    writer: ImageWriter,
+    names: list[str],
+    max_downtime_ms: int | None,
+    progress: ByteProgress | None,
+) -> StreamSummary:
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    demultiplexer = Demultiplexer(read_end, writer.directory, names)
+    summaries: list[StreamSummary] = []
+
+    async def drain() -> None:
+        running = asyncio.ensure_future(asyncio.to_thread(demultiplexer.run))
+        try:
+            summaries.append(await asyncio.shield(running))
+        except asyncio.CancelledError:
+            demultiplexer.cancel()
+            await asyncio.wait({running})
+            raise
+
+    reporter = asyncio.ensure_future(_report(qmp, progress)) if progress else None
+    try:
+        await migration.save(qmp, write_end, drain, max_downtime_ms=max_downtime_ms)
+    finally:
+        os.close(read_end)
+        if reporter is not None:
+            reporter.cancel()
+    return summaries[0]
+
+
+async def _report(qmp: Qmp, progress: ByteProgress) -> None:
+    while True:
+        await asyncio.sleep(PROGRESS_SECONDS)
+        progress(*await migration.progress_of(qmp))
+
+
+async def _lazy_blocks(qmp: Qmp) -> dict[str, int]:
+    """The RAM blocks that belong to memory back-ends, with their page sizes in bytes."""
+    backends = {entry["id"] for entry in await qmp.memory_backends()}
+    listed = parse_ramblocks(await qmp.human("info ramblock"))
+    # A block is named by its back-end's id, or by its path on older machine types.
+    return {
+        block.name: block.page_size_bytes
+        for block in listed
+        if block.name.removeprefix("/objects/") in backends
+    }
+
+
+async def _describe(qmp: Qmp) -> dict[str, Any]:
+    """What the manifest says of the guest, as :meth:`ImageWriter.finish` takes it.
+
+    Raises:
+        MismatchError: its memory cannot be paged, so the image would be of no use.
+    """
+    reasons = await refusals(qmp)
+    if reasons:
+        raise MismatchError("this guest cannot be resumed lazily: " + "; ".join(reasons))
+    with ProcessIdentity.open(qmp.peer_pid()) as identity:
+        identity.require_qemu()
+        argv = identity.cmdline()
+        pid = identity.pid
+    run_directory = next(
+        (str(Path(part).parent) for part in _monitor_paths(argv) if part.endswith("/qmp.sock")), None
+    )
+    name = (await qmp.execute("query-name")).get("name")
+    return {
+        "architecture": await qmp.target(),
+        "qemu_version": ".".join(map(str, qmp.version)),
+        "source": f"snapshot of PID {pid}",
+        "guest_name": name,
+        "launch": {"argv": argv, "run_directory": run_directory},
+        "disks": [asdict(disk) for disk in await qmp.disks()],
+    }
+
+
+def _monitor_paths(argv: list[str]) -> list[str]:
+    return [
+        prop.removeprefix("path=")
+        for part in argv
+        if part.startswith(f"socket,id={OPERATOR_ID},")
+        for prop in part.split(",")
+        if prop.startswith("path=")
+    ]

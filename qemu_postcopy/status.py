@@ -1,0 +1,95 @@
+"""``qemu-postcopy status``: what the run directories and the sidecars behind them tell."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from qemu_postcopy.errors import SidecarError
+from qemu_postcopy.sidecar.control import ask
+from qemu_postcopy.sidecar.rundir import RunDirectory, list_directories
+
+WATCH_SECONDS = 0.5
+#: States in which a guest depends on its sidecar.
+DEPENDENT = ("serving", "loaded", "running", "complete")
+
+
+def collect(name: str | None = None) -> list[dict[str, Any]]:
+    """One entry per guest of this user.
+
+    Keys: ``name``, ``state`` (of the session; `waiting` where the sidecar is gone and the guest
+    needs it; `ended` where QEMU is gone), ``pid``, ``image``, ``trouble`` (a sentence, or empty),
+    ``statistics`` (as :class:`qemu_postcopy.paging.pager.Statistics`).
+
+    Raises:
+        SidecarError: no guest of that name is known.
+    """
+    directories = [RunDirectory.find(name)] if name else list_directories()
+    return [_entry(directory) for directory in directories]
+
+
+def _entry(directory: RunDirectory) -> dict[str, Any]:
+    record = directory.read_record()
+    assert record is not None
+    entry: dict[str, Any] = {
+        "name": directory.name,
+        "state": record.state,
+        "pid": record.pid,
+        "image": record.image,
+        "trouble": "",
+        "statistics": record.statistics,
+    }
+    if not directory.guest_alive(record):
+        return {**entry, "state": "ended" if record.pid else record.state}
+    if record.state not in DEPENDENT:
+        return entry
+    try:
+        answer = ask(directory.control_socket, "status")
+    except SidecarError as error:
+        trouble = f"its sidecar does not answer, so the guest waits: {error.message}"
+        return {**entry, "state": "waiting", "trouble": trouble}
+    return {key: answer.get(key, entry[key]) for key in entry}
+
+
+def _table(guests: list[dict[str, Any]]) -> RenderableType:
+    table = Table(box=None, pad_edge=False)
+    for column in ("guest", "state", "PID", "present", "faults", "waiting", "filled"):
+        table.add_column(column, justify="left" if column in ("guest", "state") else "right")
+    for guest in guests:
+        numbers = guest["statistics"]
+        data, missing = numbers.get("pages_data", 0), numbers.get("pages_data_missing", 0)
+        present = f"{100 * (1 - missing / data):.1f} %" if data else ""
+        state = guest["state"]
+        table.add_row(
+            guest["name"],
+            f"[red]{state}[/red]" if guest["trouble"] else state,
+            str(guest["pid"] or ""),
+            present,
+            str(numbers.get("faults", "")),
+            str(numbers.get("faults_waiting", "")),
+            f"{numbers.get('bytes_read', 0) >> 20} MiB",
+        )
+        if guest["trouble"]:
+            table.add_row("", f"[red]{guest['trouble']}[/red]")
+    return table
+
+
+def show(guests: list[dict[str, Any]]) -> None:
+    """Prints them as a table."""
+    console = Console()
+    if guests:
+        console.print(_table(guests))
+    else:
+        console.print("no guest is known; `qemu-postcopy restore IMAGE` starts one")
+
+
+def watch(name: str | None) -> None:
+    """Shows them until interrupted."""
+    with Live(_table(collect(name)), auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            live.update(_table(collect(name)), refresh=True)
