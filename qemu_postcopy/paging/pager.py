@@ -155,6 +155,7 @@ class Pager:
         self._pager = lib.qpc_pager_create(options, structs, len(self.blocks), error)
         if self._pager == ffi.NULL:
             raise_error(error)
+        self._last: Statistics | None = None
 
     def start(self) -> None:
         """Starts the thread; faults are served from now on."""
@@ -169,6 +170,7 @@ class Pager:
     def close(self) -> None:
         """Stops and frees.  Does not unregister: faults wait for whoever takes over."""
         if self._pager != ffi.NULL:
+            self._last = self.statistics()
             lib.qpc_pager_destroy(self._pager)
             self._pager = ffi.NULL
             for buffer in self._buffers:
@@ -188,7 +190,12 @@ class Pager:
         return int(lib.qpc_pager_thread_id(self._pager))
 
     def statistics(self) -> Statistics:
-        """The counters, each right by itself; cheap, and never waits for the pager."""
+        """The counters, each right by itself; cheap, and never waits for the pager.
+
+        After :meth:`close`: as they were last.
+        """
+        if self._last is not None:
+            return self._last
         raw = ffi.new("struct qpc_pager_statistics *")
         lib.qpc_pager_read_statistics(self._pager, raw)
         values = {name: int(getattr(raw, name)) for name in SCALARS}
