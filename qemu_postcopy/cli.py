@@ -286,6 +286,7 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
         "qmp": str(run.qmp_socket),
         "pid": record.pid if record else 0,
         "sidecar_pid": sidecar.pid,
+        "launched_ns": record.launched_ns if record else 0,
         "seconds": reached,
         "statistics": last.get("statistics", {}),
     }

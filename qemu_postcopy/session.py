@@ -121,6 +121,8 @@ class Session:
         self.state = State.NEW
         self.pager: Pager | None = None
         self.identity: ProcessIdentity | None = None
+        #: CLOCK_MONOTONIC of QEMU's start, where this session launched it
+        self.launched_ns = 0
         self._listener = listener
         self._began = time.monotonic()
         self._owned: QemuProcess | None = None
@@ -143,6 +145,7 @@ class Session:
         from qemu_postcopy.vm.launch import launch
 
         self._require(State.FOUND)
+        self.launched_ns = time.monotonic_ns()
         self._owned = launch(argv, self.run.path)
         self._cleanup.callback(self._owned.close)
         self.identity = self._owned.identity
@@ -414,6 +417,7 @@ class Session:
                 state=str(self.state),
                 pid=identity.pid if identity else 0,
                 start_time=identity.start_time if identity else 0,
+                launched_ns=self.launched_ns,
                 sidecar_pid=os.getpid(),
                 userfaultfd=self._userfaultfd_number,
                 chunk_size=self.options.chunk_size or self.image.manifest.chunk_size_bytes,

@@ -98,7 +98,9 @@ class Statistics:
         return 1.0 - self.pages_data_missing / self.pages_data
 
 
-SCALARS = [name for name in Statistics.__dataclass_fields__ if name not in ("latency_us", "timeline")]
+SCALARS = [
+    name for name in Statistics.__dataclass_fields__ if name not in ("latency_us", "timeline")
+]
 
 
 class Pager:
@@ -151,6 +153,7 @@ class Pager:
         options.background = background
         options.background_rate = background_rate
         options.spin_limit_us = spin_limit_us
+        options.journal = states + ledger.journal_offset
         error = new_error()
         self._pager = lib.qpc_pager_create(options, structs, len(self.blocks), error)
         if self._pager == ffi.NULL:

@@ -45,7 +45,8 @@ def base_directory() -> Path:
 class SessionRecord:
     """What ``session.json`` says: enough to find the guest, and to take over from a dead sidecar.
 
-    ``pid`` and ``start_time`` (clock ticks since boot) identify QEMU; ``userfaultfd`` is the
+    ``pid`` and ``start_time`` (clock ticks since boot) identify QEMU; ``launched_ns`` is the
+    CLOCK_MONOTONIC of its start (0: not ours); ``userfaultfd`` is the
     descriptor's number in QEMU; ``blocks`` lists name, address, length and page size (bytes).
     """
 
@@ -53,6 +54,7 @@ class SessionRecord:
     state: str
     pid: int = 0
     start_time: int = 0
+    launched_ns: int = 0
     sidecar_pid: int = 0
     userfaultfd: int = -1
     chunk_size: int = 0
