@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -38,8 +39,8 @@
         }                                                               \
     } while (0)
 
-enum { COMPUTE, SLEEP, READ, THREADS };
-enum { PAGE = 4096 };
+enum { COMPUTE, SLEEP, READ, STACK, THREADS };
+enum { PAGE = 4096, SIGNALS = 5000 };
 
 struct shared {
     atomic_int tids[THREADS];
@@ -126,6 +127,54 @@ static void *read_commands(void *unused)
     return NULL;
 }
 
+#if defined(__x86_64__)
+/*
+ * Fills 256 bytes below its stack pointer, waits a little, and returns how many words have
+ * changed: the red zone, and what lies below it, which no signal touches in this thread.
+ */
+unsigned below_stack(void);
+__asm__(".text\n"
+        ".type below_stack, @function\n"
+        "below_stack:\n"
+        "    mov $-256, %rcx\n"
+        "1:  mov %rcx, (%rsp, %rcx)\n"
+        "    add $8, %rcx\n"
+        "    jnz 1b\n"
+        "    mov $20000, %edx\n"
+        "2:  dec %edx\n"
+        "    jnz 2b\n"
+        "    xor %eax, %eax\n"
+        "    mov $-256, %rcx\n"
+        "3:  cmp %rcx, (%rsp, %rcx)\n"
+        "    je 4f\n"
+        "    inc %eax\n"
+        "4:  add $8, %rcx\n"
+        "    jnz 3b\n"
+        "    ret\n"
+        ".size below_stack, . - below_stack\n");
+#else
+static unsigned below_stack(void)
+{
+    usleep(1000); /* the x86-64 ABI alone has a red zone */
+    return 0;
+}
+#endif
+
+static void *use_stack(void *unused)
+{
+    sigset_t every_signal;
+
+    sigfillset(&every_signal);
+    pthread_sigmask(SIG_SETMASK, &every_signal, NULL);
+    atomic_store(&shared->tids[STACK], (int)syscall(SYS_gettid));
+    for (;;) {
+        if (below_stack() != 0)
+            atomic_fetch_add(&shared->wrong[STACK], 1);
+        atomic_fetch_add(&shared->rounds[STACK], 1);
+    }
+    return NULL;
+}
+
 /* Waits until the driver names a page, then has the kernel read it: a fault in kernel mode. */
 static void fault_in_kernel(void)
 {
@@ -145,6 +194,7 @@ static void run_target(void)
     struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART };
     sigset_t queued;
 
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* no leftovers if the driver is killed */
     sigaction(SIGRTMIN, &action, NULL);
     sigemptyset(&queued);
     sigaddset(&queued, SIGRTMIN);
@@ -153,6 +203,7 @@ static void run_target(void)
     pthread_sigmask(SIG_BLOCK, &queued, NULL);
     pthread_create(&threads[SLEEP], NULL, sleep_often, NULL);
     pthread_create(&threads[READ], NULL, read_commands, NULL);
+    pthread_create(&threads[STACK], NULL, use_stack, NULL);
     fault_in_kernel();
     for (;;)
         pause();
@@ -179,7 +230,7 @@ static void start_target(void)
 
 static void check_target_unharmed(void)
 {
-    static const char *const names[] = { "compute", "sleep", "read" };
+    static const char *const names[] = { "compute", "sleep", "read", "stack" };
     unsigned long before[THREADS];
     char echo = 0;
 
@@ -202,6 +253,21 @@ static void end_target(void)
     CHECK(write(to_target[1], "q", 1) == 1, "quit");
     CHECK(waitpid(target, &status, 0) == target, "wait");
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "ended with status %#x", status);
+}
+
+/* Of what the target has open, nothing may be left but the userfaultfds. */
+static void check_device_closed(void)
+{
+    char path[64], name[64];
+
+    for (int fd = 0; fd < 1024; fd++) {
+        ssize_t length;
+
+        snprintf(path, sizeof(path), "/proc/%d/fd/%d", target, fd);
+        length = readlink(path, name, sizeof(name) - 1);
+        name[length > 0 ? length : 0] = 0;
+        CHECK(strcmp(name, "/dev/userfaultfd") != 0, "descriptor %d was left open", fd);
+    }
 }
 
 static int inject(const int *tids, int count, struct qpc_injection *out, struct qpc_error *err)
@@ -229,27 +295,43 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* 100 times into each thread, with signals queued to it all the time; nobody notices. */
+/* Queues numbered signals to the computing thread while the driver injects; ends with the count. */
+static pid_t start_sender(void)
+{
+    pid_t sender = fork();
+
+    if (sender != 0)
+        return sender;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    for (int i = 0; i < SIGNALS; i++) {
+        siginfo_t info = { .si_code = SI_QUEUE };
+
+        info.si_pid = getpid();
+        info.si_value.sival_int = i;
+        while (syscall(SYS_rt_tgsigqueueinfo, target, atomic_load(&shared->tids[COMPUTE]),
+                       SIGRTMIN, &info) != 0 && errno == EAGAIN)
+            sched_yield(); /* the queue is full for the moment */
+        usleep(50); /* spreads them over the injections */
+    }
+    _exit(0);
+}
+
+/* 100 times into each thread, with signals on their way all the time; nobody notices. */
 static void case_unnoticed(void)
 {
     enum { TIMES = 100 };
     uint64_t stop[TIMES], wait[TIMES];
-    unsigned long sent = 0;
+    pid_t sender;
 
     start_target();
+    sender = start_sender();
     for (int i = 0; i < THREADS; i++) {
         int tid = atomic_load(&shared->tids[i]);
 
         for (int n = 0; n < TIMES; n++) {
             struct qpc_injection injection;
-            siginfo_t info = { .si_code = SI_QUEUE };
-            int fd;
+            int fd = take(&tid, 1, &injection);
 
-            info.si_pid = getpid();
-            info.si_value.sival_int = (int)sent++;
-            CHECK(syscall(SYS_rt_tgsigqueueinfo, target, atomic_load(&shared->tids[COMPUTE]),
-                          SIGRTMIN, &info) == 0, "queue");
-            fd = take(&tid, 1, &injection);
             CHECK(injection.tid == tid, "other thread");
             stop[n] = injection.stop_ns;
             wait[n] = injection.wait_ns;
@@ -261,9 +343,11 @@ static void case_unnoticed(void)
                i, wait[TIMES / 2] / 1000, wait[TIMES - 2] / 1000, stop[TIMES / 2] / 1000,
                stop[TIMES - 2] / 1000);
     }
-    while (atomic_load(&shared->signals_seen) < sent)
+    waitpid(sender, NULL, 0);
+    while (atomic_load(&shared->signals_seen) < SIGNALS)
         sched_yield();
-    CHECK(atomic_load(&shared->signals_seen) == sent, "signals");
+    CHECK(atomic_load(&shared->signals_seen) == SIGNALS, "signals");
+    check_device_closed();
     CHECK(atomic_load(&shared->signals_wrong) == 0, "signals lost, doubled or out of order");
     check_target_unharmed();
     end_target();
@@ -311,7 +395,7 @@ static void case_gone(void)
     struct qpc_injection injection;
     struct qpc_error err;
     int tid, dead_pidfd;
-    pid_t dead;
+    pid_t dead, other;
 
     start_target();
     dead = fork();
@@ -326,9 +410,17 @@ static void case_gone(void)
     CHECK(qpc_inject_userfaultfd(target, dead_pidfd, &tid, 1, 50, 2000, &injection, &err) < 0 &&
           err.code == QPC_GONE, "code %d", err.code);
     CHECK(qpc_fd_take(dead_pidfd, 0, &err) < 0 && err.code == QPC_GONE, "code %d", err.code);
-    /* A thread id that passed to another process (ours) is left alone. */
-    tid = getppid();
+    /* A thread id that passed to another process, here of the very same layout, is left alone. */
+    other = fork();
+    if (other == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (;;)
+            pause();
+    }
+    tid = other;
     CHECK(inject(&tid, 1, &injection, &err) < 0 && err.code == QPC_TIMEOUT, "code %d", err.code);
+    kill(other, SIGKILL);
+    waitpid(other, NULL, 0);
     check_target_unharmed();
     end_target();
 }

@@ -27,7 +27,7 @@ from qemu_postcopy.vm.process import ProcessIdentity, Thread
 from qemu_postcopy.vm.spec import MemoryBackend, MemoryKind, VmSpec
 
 if TYPE_CHECKING:
-    from qemu_postcopy.images.builder import GuestImage
+    from qemu_postcopy.images.guest_image import GuestImage
 
 pytestmark = pytest.mark.needs("qemu", "uffd", "ptrace")
 
@@ -275,7 +275,10 @@ def test_qemu_that_may_not_open_a_userfaultfd_is_explained(
     device = Path("/dev/userfaultfd").stat()
     if device.st_mode & 0o006 or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
         pytest.skip("everybody may use userfaultfd on this host")
-    arguments = (*INCOMING, "-runas", "nobody")
+    # QEMU 10 has -run-with in its place.
+    options = subprocess.run([qemu_binary, "-help"], capture_output=True, text=True).stdout
+    user = ("-runas", "nobody") if "-runas" in options else ("-run-with", "user=nobody")
+    arguments = (*INCOMING, *user)
     qemu = start(
         VmSpec(str(qemu_binary), memory=(backend("memfd", run_dir),), extra_arguments=arguments)
     )
