@@ -215,18 +215,22 @@ struct qpc_pager *qpc_pager_create(const struct qpc_pager_options *options,
     if (p->buffer_size < largest_page)
         p->buffer_size = largest_page;
     p->buffer = allocate_pages(p->buffer_size);
+    if (!options->journal)
+        p->own_messages = calloc(1, QPC_PAGER_JOURNAL_SIZE);
+    p->messages = options->journal ? options->journal : p->own_messages;
     p->queue = calloc(QPC_PAGER_QUEUE_LENGTH, sizeof(*p->queue));
     p->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (largest_page > 4096)
         p->zeros = allocate_pages(largest_page);
-    if (!p->buffer || !p->queue || p->stop_fd < 0 || p->notify_fd < 0 ||
+    if (!p->buffer || !p->queue || !p->messages || p->stop_fd < 0 || p->notify_fd < 0 ||
         (largest_page > 4096 && !p->zeros)) {
         qpc_error_set(err, QPC_SYSTEM, errno, "no memory or descriptors for the pager");
         qpc_pager_destroy(p);
         return NULL;
     }
     count_pages(p);
+    qpc_pager_replay_journal(p);
     return p;
 }
 
@@ -248,6 +252,7 @@ void qpc_pager_destroy(struct qpc_pager *p)
         close(p->stop_fd);
     if (p->notify_fd >= 0)
         close(p->notify_fd);
+    free(p->own_messages);
     free(p->queue);
     free(p);
 }

@@ -36,12 +36,20 @@ struct qpc_pager_block {
     uint8_t *ledger;            /* one enum qpc_page_state per page */
 };
 
+enum { QPC_PAGER_JOURNAL_SIZE = 2048 };
+
 struct qpc_pager_options {
     int userfaultfd;          /* O_NONBLOCK, registered; not closed by the pager */
     uint64_t chunk_size;      /* bytes filled around a fault: a power of two, 4 KiB to 2 MiB */
     int background;           /* fill the rest while nobody waits */
     uint64_t background_rate; /* bytes per second; 0 = as fast as it goes */
     uint32_t spin_limit_us;   /* longest poll for the next fault before sleeping; 0 = never */
+    /*
+     * QPC_PAGER_JOURNAL_SIZE bytes, or NULL: where messages are read into. The mapper's thread runs
+     * on as soon as its REMOVE was read, before that is in the ledger. If the journal outlives the
+     * process as the ledger does, the next pager finds the message there and makes up for it.
+     */
+    void *journal;
 };
 
 enum qpc_pager_state {
@@ -92,8 +100,8 @@ struct qpc_pager;
 
 /*
  * Checks the blocks and options; allocates all that will be needed. Pages whose ledger byte is
- * PRESENT or REMOVED count as done. The blocks are copied; bitmaps, ledgers and descriptors must
- * live until qpc_pager_destroy().
+ * PRESENT or REMOVED count as done. The blocks are copied; bitmaps, ledgers, journal and descriptors
+ * must live until qpc_pager_destroy().
  */
 struct qpc_pager *qpc_pager_create(const struct qpc_pager_options *options,
                                    const struct qpc_pager_block *blocks, uint32_t block_count,

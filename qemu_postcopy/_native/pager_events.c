@@ -5,7 +5,7 @@
 #include "pager_state.h"
 #include "uffd.h"
 
-#define MESSAGES_PER_READ 64
+#define MESSAGES_PER_READ (QPC_PAGER_JOURNAL_SIZE / sizeof(struct uffd_msg))
 #define TIMELINE_BUCKET_NS 10000000ull
 
 void qpc_pager_notify(struct qpc_pager *p)
@@ -145,44 +145,54 @@ static void note_unmapped(struct qpc_pager *p, uint64_t start, uint64_t end)
     }
 }
 
+static void note_event(struct qpc_pager *p, const struct uffd_msg *m)
+{
+    switch (m->event) {
+    case UFFD_EVENT_REMOVE:
+        note_removed(p, m->arg.remove.start, m->arg.remove.end);
+        break;
+    case UFFD_EVENT_UNMAP:
+        note_unmapped(p, m->arg.remove.start, m->arg.remove.end);
+        break;
+    case UFFD_EVENT_REMAP:
+        /* QEMU never moves guest RAM; the old place is gone in any case. */
+        note_unmapped(p, m->arg.remap.from, m->arg.remap.from + m->arg.remap.len);
+        break;
+    }
+}
+
+/* What was noted already may be noted again: a removed page stays removed. */
+void qpc_pager_replay_journal(struct qpc_pager *p)
+{
+    for (size_t i = 0; i < MESSAGES_PER_READ; i++)
+        note_event(p, &p->messages[i]);
+}
+
 unsigned qpc_pager_read_messages(struct qpc_pager *p, unsigned *faults)
 {
-    struct uffd_msg messages[MESSAGES_PER_READ];
     unsigned events = 0;
     ssize_t n;
 
     *faults = 0;
-    n = read(p->uffd, messages, sizeof(messages));
+    n = read(p->uffd, p->messages, QPC_PAGER_JOURNAL_SIZE);
     if (n <= 0)
         return 0;
-    for (size_t i = 0, count = (size_t)n / sizeof(messages[0]), now = now_ns(); i < count; i++) {
-        const struct uffd_msg *m = &messages[i];
+    for (size_t i = 0, count = (size_t)n / sizeof(p->messages[0]), now = now_ns(); i < count; i++) {
+        const struct uffd_msg *m = &p->messages[i];
 
-        switch (m->event) {
-        case UFFD_EVENT_PAGEFAULT:
+        if (m->event == UFFD_EVENT_PAGEFAULT) {
             note_fault(p, m->arg.pagefault.address, now);
             ++*faults;
-            break;
-        case UFFD_EVENT_REMOVE:
-            COUNT(p->statistics.events_remove, 1u);
-            note_removed(p, m->arg.remove.start, m->arg.remove.end);
-            events++;
-            break;
-        case UFFD_EVENT_UNMAP:
-            COUNT(p->statistics.events_unmap, 1u);
-            note_unmapped(p, m->arg.remove.start, m->arg.remove.end);
-            events++;
-            break;
-        case UFFD_EVENT_REMAP:
-            /* QEMU never moves guest RAM; the old place is gone in any case. */
-            COUNT(p->statistics.events_other, 1u);
-            note_unmapped(p, m->arg.remap.from, m->arg.remap.from + m->arg.remap.len);
-            events++;
-            break;
-        default:
-            COUNT(p->statistics.events_other, 1u);
-            events++;
+            continue;
         }
+        events++;
+        note_event(p, m);
+        if (m->event == UFFD_EVENT_REMOVE)
+            COUNT(p->statistics.events_remove, 1u);
+        else if (m->event == UFFD_EVENT_UNMAP)
+            COUNT(p->statistics.events_unmap, 1u);
+        else
+            COUNT(p->statistics.events_other, 1u);
     }
     if (events)
         qpc_pager_check_complete(p);

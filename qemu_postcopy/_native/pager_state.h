@@ -14,6 +14,8 @@
 #include <stdatomic.h>
 #include <time.h>
 
+#include <linux/userfaultfd.h>
+
 #include "pager.h"
 
 /* Faults read and not answered. A blocked thread has one, an asynchronous page fault one each. */
@@ -53,6 +55,8 @@ struct qpc_pager {
     uint64_t spin_limit_ns;
     uint8_t *buffer; /* one chunk or one page, whichever is larger; page-aligned */
     uint64_t buffer_size;
+    struct uffd_msg *messages; /* the journal, or memory of our own */
+    struct uffd_msg *own_messages;
     uint8_t *zeros;  /* one huge page of zeros (hugetlb has no ZEROPAGE), or NULL */
 
     struct fault *queue; /* ring of faults that were read and not answered */
@@ -138,6 +142,9 @@ void qpc_pager_set_pages(struct qpc_pager *p, struct block *b, uint64_t first, u
  * batch is noted, and COPY gives EAGAIN while an event is unread.
  */
 unsigned qpc_pager_read_messages(struct qpc_pager *p, unsigned *faults);
+
+/* Notes the events of the last messages that a pager before this one has read. */
+void qpc_pager_replay_journal(struct qpc_pager *p);
 
 void qpc_pager_queue_fault(struct qpc_pager *p, const struct fault *fault);
 struct fault qpc_pager_unqueue_fault(struct qpc_pager *p);

@@ -1,8 +1,9 @@
 """The ledger file: what is known of each page, kept where a killed sidecar cannot take it along.
 
-The file lies in the run directory, one byte per page (``enum qpc_page_state`` of
-``_native/pager.h``), and is mapped shared; the pager thread writes it without system calls.  What
-is in it survives the process, not the host.  Only this module knows its layout.
+The file lies in the run directory: a header, the journal (the messages of the userfaultfd that were
+read last), and one byte per page (``enum qpc_page_state`` of ``_native/pager.h``).  It is mapped
+shared; the pager thread writes it without system calls.  What is in it survives the process, not
+the host.  Only this module knows its layout.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ HEADER = struct.Struct("<8sI4x")
 ENTRY = struct.Struct("<256sQQQ")
 ALIGNMENT = 4096
 MOST_BLOCKS = 1024
+#: bytes kept for the journal; ``QPC_PAGER_JOURNAL_SIZE`` of them are used
+JOURNAL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ def _align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
+def _journal_offset(blocks: int) -> int:
+    return _align(HEADER.size + ENTRY.size * blocks)
+
+
 class Ledger:
     """A mapped ledger file.  Not thread-safe itself; the states are written by the pager thread.
 
@@ -64,7 +71,7 @@ class Ledger:
             HostError: no space for it; the file is reserved in full, so that it cannot run out
                 of space while faults are served.
         """
-        offset = _align(HEADER.size + ENTRY.size * len(blocks))
+        offset = _journal_offset(len(blocks)) + JOURNAL_BYTES
         placed = []
         for block in blocks:
             placed.append(LedgerBlock(block.name, block.page_size, block.length, offset))
@@ -106,7 +113,7 @@ class Ledger:
                 raise _damaged(path, "too short")
             mapping = mmap.mmap(file.fileno(), size)
         magic, count = HEADER.unpack_from(mapping, 0)
-        if magic != MAGIC or count > MOST_BLOCKS or HEADER.size + count * ENTRY.size > size:
+        if magic != MAGIC or count > MOST_BLOCKS or _journal_offset(count) + JOURNAL_BYTES > size:
             raise _damaged(path, "bad header")
         blocks = []
         for index in range(count):
@@ -121,6 +128,11 @@ class Ledger:
                 raise _damaged(path, f"block {name} lies outside of the file")
             blocks.append(block)
         return cls(path, mapping, blocks)
+
+    @property
+    def journal_offset(self) -> int:
+        """Where in the mapping messages are read to."""
+        return _journal_offset(len(self.blocks))
 
     def block(self, name: str) -> LedgerBlock:
         """The entry of one block; KeyError if there is none."""

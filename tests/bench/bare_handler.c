@@ -3,7 +3,7 @@
  * copies one chunk from a mapped file, from a blocking or from a spinning read. No ledger, no
  * counters, no events, no errors worth the name.
  *
- *   bare_handler block|spin FILE CHUNK CPU|-1         (socket to the toucher on descriptor 3)
+ *   bare_handler block|spin FILE CHUNK CPU|-1  (the toucher is at the other end of standard input)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -23,7 +23,7 @@ static void *leave_with_the_toucher(void *unused)
     char byte;
 
     (void)unused;
-    while (read(3, &byte, 1) > 0)
+    while (read(STDIN_FILENO, &byte, 1) > 0)
         ;
     _exit(0);
 }
@@ -43,7 +43,7 @@ int main(int argc, char **argv)
     spin = !strcmp(argv[1], "spin");
     chunk = strtoull(argv[3], NULL, 0);
     cpu = atoi(argv[4]);
-    uffd = receive_handover(3, &h);
+    uffd = receive_handover(STDIN_FILENO, &h);
     if (ioctl(uffd, UFFDIO_API, &api) < 0)
         die("UFFDIO_API");
     reg.range.start = h.address;
@@ -64,7 +64,7 @@ int main(int argc, char **argv)
         sched_setaffinity(0, sizeof(set), &set);
     }
     fcntl(uffd, F_SETFL, spin ? O_NONBLOCK : 0);
-    if (write(3, "g", 1) != 1 || pthread_create(&watcher, NULL, leave_with_the_toucher, NULL))
+    if (write(STDIN_FILENO, "g", 1) != 1 || pthread_create(&watcher, NULL, leave_with_the_toucher, NULL))
         die("start");
     for (;;) {
         struct uffd_msg message;

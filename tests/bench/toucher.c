@@ -1,6 +1,6 @@
 /*
- * A mapper to measure and test with: maps memory, hands its userfaultfd over the socket on
- * descriptor 3, waits for a byte, touches every page in the order asked for and times each touch.
+ * A mapper to measure with: maps memory, hands its userfaultfd over the socket that is its
+ * standard input, waits for a byte, touches every page in the order asked for and times each touch.
  * Prints one line of JSON. Page n of the source is expected to hold word w = mix(n * 512 + w),
  * or zeros where the source has a hole; every page is compared in full afterwards.
  *
@@ -143,8 +143,8 @@ int main(int argc, char **argv)
         CPU_SET(cpu, &set);
         sched_setaffinity(0, sizeof(set), &set);
     }
-    send_handover(3, uffd, (uintptr_t)memory, pages * page_size, page_size);
-    if (read(3, &go, 1) != 1)
+    send_handover(STDIN_FILENO, uffd, (uintptr_t)memory, pages * page_size, page_size);
+    if (read(STDIN_FILENO, &go, 1) != 1)
         die("no go-ahead");
 
     pthread_barrier_init(&barrier, NULL, threads + 1);

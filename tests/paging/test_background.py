@@ -1,0 +1,83 @@
+"""Promise: the background fills what nobody asked for: when it may, no faster, and never first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from paging.served_guest import KIB, MIB, ServedGuest
+
+from qemu_postcopy.paging.pager import PagerState
+
+Serve = Callable[..., ServedGuest]
+
+pytestmark = pytest.mark.needs("uffd", "cc")
+
+#: What may be filled at once, whatever the rate (BACKGROUND_UNIT in C, or a 20th of a second).
+UNIT_BYTES = 128 * KIB
+
+
+def no_hole(page: int) -> bool:
+    return False
+
+
+def test_off_it_fills_nothing(serve: Serve) -> None:
+    guest = serve(holes=no_hole, chunk_size=64 * KIB)
+    guest.mapper.first_word(100)
+    guest.wait_asleep()
+    statistics = guest.statistics
+    assert statistics.pages_background == 0
+    assert statistics.pages_demand == 16
+    assert statistics.pages_data_missing == 1100 - 16
+
+
+def test_it_can_be_turned_on_while_the_pager_sleeps(serve: Serve) -> None:
+    guest = serve(holes=no_hole)
+    guest.wait_asleep()
+    guest.pager.set_background(True)
+    guest.wait_complete()
+    guest.check_content()
+
+
+def test_it_can_be_turned_off_in_the_middle(serve: Serve) -> None:
+    guest = serve(holes=no_hole, background=True, background_rate=4 * MIB)
+    guest.wait(lambda s: s.pages_background > 0, "it has begun")
+    guest.pager.set_background(False)
+    guest.wait_asleep()
+    filled = guest.statistics.pages_background
+    assert guest.statistics.state == PagerState.SERVING
+    guest.mapper.first_word(1099)
+    guest.wait_asleep()
+    assert guest.statistics.pages_background == filled
+
+
+@pytest.mark.parametrize("rate", [2 * MIB, 8 * MIB])
+def test_it_keeps_to_its_rate(serve: Serve, rate: int) -> None:
+    guest = serve(holes=no_hole, background=True, background_rate=rate)
+    deadline = time.monotonic() + 60
+    while (statistics := guest.statistics).state != PagerState.COMPLETE:
+        seconds = time.monotonic() - statistics.started_ns / 1e9  # the same clock
+        filled = statistics.pages_background * guest.page_size
+        assert filled <= 1.2 * rate * seconds + 2 * max(UNIT_BYTES, rate / 20)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_fault_does_not_wait_for_it(serve: Serve) -> None:
+    guest = serve(pages=32 * 1024, holes=no_hole, chunk_size=4 * KIB, background=True)
+    # Each of them needs an answer of its own, since they are the last ones in its order.
+    for page in range(32 * 1024 - 1, 32 * 1024 - 21, -1):
+        guest.mapper.first_word(page)
+        assert guest.statistics.state == PagerState.SERVING, "the background came first"
+    guest.pager.set_background(False)
+
+
+def test_it_goes_on_where_the_guest_is(serve: Serve) -> None:
+    guest = serve(holes=no_hole, chunk_size=64 * KIB, background_rate=0)
+    guest.mapper.first_word(512)
+    guest.pager.set_background(True, 1 * MIB)
+    guest.wait(lambda s: s.pages_background > 0, "it has begun")
+    states = guest.ledger.states("m0")
+    assert states[528:560] == bytes([2]) * 32
+    assert not any(states[:512])
