@@ -75,7 +75,8 @@ def test_missing_or_mistyped_key_is_named(path: tuple[Any, ...]) -> None:
     del at(missing, path[:-1])[key]
     with pytest.raises(ImageError, match=rf"{key} is missing"):
         parse_manifest(json.dumps(missing))
-    for wrong in (True, 1.5, [[]], {"a": 1}, -1, ""):
+    wrong_values: tuple[Any, ...] = (True, 1.5, [[]], {"a": 1}, -1, "")
+    for wrong in wrong_values:
         if wrong == {"a": 1} and key == "launch":
             continue
         changed = document()
