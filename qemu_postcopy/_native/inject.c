@@ -77,9 +77,10 @@ static uint64_t now_ns(void)
 
 /* ---- what differs between the architectures ---- */
 
+typedef struct user_regs_struct registers;
+
 #if defined(__x86_64__)
 
-typedef struct user_regs_struct registers;
 static const unsigned char syscall_instruction[] = { 0x0f, 0x05 };
 enum { INSTRUCTION_ALIGNMENT = 1 };
 
@@ -114,7 +115,6 @@ static int restore_call_state(pid_t tid)
 
 #else
 
-typedef struct user_pt_regs registers;
 static const unsigned char syscall_instruction[] = { 0x01, 0x00, 0x00, 0xd4 }; /* svc #0 */
 enum { INSTRUCTION_ALIGNMENT = 4 };
 #ifndef NT_ARM_SYSTEM_CALL
