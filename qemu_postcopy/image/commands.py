@@ -216,7 +216,9 @@ def _print_structure(
         facts.add_row("guest", escape(manifest.provenance.guest_name or "unnamed"))
     console.print(facts)
 
-    blocks = Table("RAM block", "size", "page", "data", "zero", "kept as", title="Memory")
+    blocks = Table(title="Memory")
+    for heading in ("RAM block", "size", "page", "data", "zero", "kept as"):
+        blocks.add_column(heading, overflow="fold")
     lazy = {block.name: block for block in image.manifest.blocks} if image else {}
     for block in summary.blocks:
         stored = lazy.get(block.name)
@@ -225,12 +227,15 @@ def _print_structure(
             zero, kept = _size(stored.size_bytes - stored.data_bytes), escape(stored.file)
         else:
             page = _size(block.page_size_bytes or summary.target_page_size_bytes)
-            data, zero = f"{block.pages_data} pages", f"{block.pages_zero} pages"
+            data = _size(block.pages_data * summary.target_page_size_bytes)
+            zero = _size(block.pages_zero * summary.target_page_size_bytes)
             kept = "in the stream"
         blocks.add_row(escape(block.name), _size(block.size_bytes), page, data, zero, kept)
     console.print(blocks)
 
-    sections = Table("section", "name", "id", "offset", "size", "count", title="Stream")
+    sections = Table(title="Stream")
+    for heading in ("section", "name", "id", "offset", "size", "count"):
+        sections.add_column(heading, overflow="fold")
     for section in summary.sections:
         sections.add_row(
             section.kind,

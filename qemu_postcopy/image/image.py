@@ -12,7 +12,6 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qemu_postcopy.errors import ImageError
@@ -25,7 +24,8 @@ from qemu_postcopy.image.manifest import (
 from qemu_postcopy.image.page_data import SEGMENT_BYTES, data_bitmap, hash_file, hash_segment
 from qemu_postcopy.image.stream import STATE_FILE
 
-#: Bytes done, bytes in all.  Called from several threads, one at a time.
+#: Bytes done, bytes in all.  Called from several threads, one at a time; what it raises ends the
+#: operation.
 Progress = Callable[[int, int], None]
 
 _HASH_THREADS = 2
@@ -201,6 +201,9 @@ def hash_block(
     fd: int, offset_bytes: int, size_bytes: int, step: Callable[[int], None]
 ) -> tuple[list[str], int]:
     """Checksums of all segments of a block, and the bytes of its pages that are not zero."""
+
+    # Imported here: opening an image for a restore, which must be quick, does not need it.
+    from concurrent.futures import ThreadPoolExecutor
 
     def one(begin: int) -> tuple[str, int]:
         length = min(SEGMENT_BYTES, size_bytes - begin)

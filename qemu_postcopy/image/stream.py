@@ -9,7 +9,6 @@ and ``progress`` may be called from any thread.
 from __future__ import annotations
 
 import os
-import tempfile
 import urllib.parse
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -221,6 +220,8 @@ def read_summary(fd: int, offset_bytes: int = 0) -> StreamSummary:
     Raises:
         ImageError: malformed or truncated.
     """
+    import tempfile  # here: a snapshot, which must be quick, does not need it
+
     with (
         StreamReader(fd, offset_bytes) as reader,
         tempfile.TemporaryFile(prefix="qemu-postcopy-") as rest,

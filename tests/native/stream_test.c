@@ -134,11 +134,19 @@ static void pages_reach_their_files(void)
     put_page(9, NULL, 7);
     put_page(9, NULL, 0);  /* the same, sent as data */
     put_page(10, NULL, 0); /* never was anything but a hole */
+    for (uint32_t page = 20; page < 24; page++)
+        put_page(page, NULL, 9);
+    put_page(20, NULL, 10); /* data, hole, data in neighbouring pages */
+    put_zero(21, NULL, 0);
+    put_zero(22, NULL, 0);
+    put_page(23, NULL, 11);
     put_page(3, "rom", 8);
     put_zero(2, NULL, 0);
     put_header(0x10);
     REQUIRE(feed(pages, records, &written, &err) == 0);
-    REQUIRE(written == 4);
+    REQUIRE(written == 6);
+    REQUIRE(first_byte(pages, 20) == 10 && first_byte(pages, 23) == 11);
+    REQUIRE(is_hole(pages, 21) && is_hole(pages, 22));
     REQUIRE(first_byte(pages, 0) == 1 && first_byte(pages, 1) == 2);
     REQUIRE(first_byte(pages, PAGES - 1) == 3 && first_byte(pages, 7) == 5);
     REQUIRE(is_hole(pages, 8) && is_hole(pages, 9) && is_hole(pages, 10));
