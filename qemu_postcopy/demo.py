@@ -183,7 +183,7 @@ class Demo:
                 qemu.close()
         return Outcome(
             "eager, stock QEMU",
-            (console.first_output_ns - began) / 1e9,
+            (console.first_line_ns - began) / 1e9,
             None,
             0,
             stream.stat().st_size,
@@ -218,8 +218,8 @@ class Demo:
         statistics = result["statistics"]
         outcome = Outcome(
             "lazy, qemu-postcopy",
-            (console.first_output_ns - result["launched_ns"]) / 1e9,
-            (console.first_output_ns - began) / 1e9,
+            (console.first_line_ns - result["launched_ns"]) / 1e9,
+            (console.first_line_ns - began) / 1e9,
             statistics["faults"],
             statistics["bytes_read"],
             verdict.passes_since_first(),

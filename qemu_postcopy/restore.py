@@ -82,7 +82,7 @@ async def restore(
             await session.find(options.qmp)
         else:
             await session.launch(command_line(image.manifest, options, run))
-        await session.attach()
+        session.attach()
         session.serve()
         await control.start()
         for number in (signal.SIGTERM, signal.SIGINT):

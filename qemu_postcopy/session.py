@@ -20,6 +20,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -72,6 +73,9 @@ ENTRANCES: dict[State, frozenset[State]] = {
     State.FAILED: frozenset({State.NEW, State.FOUND, State.ATTACHED, State.SERVING}),
     State.GONE: frozenset({State.SERVING, State.LOADED, State.RUNNING, State.COMPLETE}),
 }
+
+#: States that ``session.json`` is written in; the sidecar itself tells of the others.
+RECORDED = frozenset({State.SERVING, State.RUNNING, State.DETACHED, State.FAILED, State.GONE})
 
 
 @dataclass(frozen=True)
@@ -130,17 +134,23 @@ class Session:
         self._layout: list[RamBlock] = []
         self._userfaultfd = -1
         self._userfaultfd_number = -1
+        self._features = 0
+        self._device_state = -1
+        self._sources: dict[tuple[str, int], tuple[int, int, bytearray]] = {}
         self._ledger: Ledger | None = None
         self._cleanup = contextlib.ExitStack()
 
     # --- the steps -------------------------------------------------------------------------------
 
     async def launch(self, argv: list[str]) -> None:
-        """Starts QEMU (``argv`` without monitor and ``-incoming``) and checks that it fits.
+        """Starts QEMU (``argv`` without monitor) and checks that it fits.
+
+        Everything that needs no answer from QEMU is done while QEMU starts: it takes 30 to 50 ms.
 
         Raises:
             LaunchError: it did not start; carries its output.
             MismatchError: it is not a QEMU that this image can be resumed in.
+            AttachError: rights are missing.
         """
         from qemu_postcopy.vm.launch import launch
 
@@ -149,8 +159,16 @@ class Session:
         self._owned = launch(argv, self.run.path)
         self._cleanup.callback(self._owned.close)
         self.identity = self._owned.identity
+        self._prepare()
         self._qmp = await self._owned.connect()
-        await self._check_fits()
+        # Opening the descriptor stops one helper thread of QEMU's, so QEMU can answer meanwhile. The
+        # thread that does it ends here: rights are dropped thread by thread.
+        with ThreadPoolExecutor(1) as executor:
+            taking = asyncio.get_running_loop().run_in_executor(executor, self._take_userfaultfd)
+            try:
+                await self._check_fits()
+            finally:
+                await taking
         self._enter(State.FOUND)
 
     async def find(self, qmp_path: Path) -> None:
@@ -169,61 +187,47 @@ class Session:
         self.identity = ProcessIdentity.open(self._qmp.peer_pid())
         self._cleanup.callback(self.identity.close)
         self.identity.require_qemu()
+        self._prepare()
         await self._check_fits()
         self._enter(State.FOUND)
 
-    async def attach(self) -> None:
-        """Learns the layout, empties RAM that is pre-populated, takes the userfaultfd.
+    def attach(self) -> None:
+        """Makes sure that RAM is empty and takes the userfaultfd, if launching did not do so.
 
         Raises:
             AttachError: rights are missing, or RAM is of a kind that cannot be paged; QEMU is left
                 as it was.
         """
-        from qemu_postcopy.vm.attach import drop_ptrace_rights, take_userfaultfd
+        from qemu_postcopy.vm.attach import drop_ptrace_rights
         from qemu_postcopy.vm.emptiness import ensure_empty
-        from qemu_postcopy.vm.layout import read_layout
 
         self._require(State.ATTACHED)
-        assert self._qmp is not None and self.identity is not None
-        self._layout = await read_layout(self._qmp, self.identity)
-        self._check_blocks()
+        assert self.identity is not None
         for block in self._layout:
             ensure_empty(block, self.identity)
-        taken = take_userfaultfd(self.identity)
-        self._userfaultfd = taken.descriptor
-        self._userfaultfd_number = taken.remote_descriptor
-        self._cleanup.callback(os.close, taken.descriptor)
+        if self._userfaultfd < 0:
+            self._take_userfaultfd()
         if self.options.drop_rights:
             drop_ptrace_rights()
         self._enter(State.ATTACHED)
 
     def serve(self) -> None:
         """Registers every block and starts the pager."""
-        from qemu_postcopy.image.page_data import data_bitmap
         from qemu_postcopy.paging import registration
         from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
-        from qemu_postcopy.paging.pager import (
-            DEFAULT_SPIN_LIMIT_US,
-            Pager,
-            PagerBlock,
-        )
+        from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager, PagerBlock
 
         self._require(State.SERVING)
-        blocks = []
-        for block in self._layout:
-            fd, offset = self.image.open_block(block.name)
-            self._cleanup.callback(os.close, fd)
-            blocks.append(
-                PagerBlock(
-                    block.name,
-                    block.address,
-                    block.size_bytes,
-                    block.page_size_bytes,
-                    fd,
-                    offset,
-                    data_bitmap(fd, offset, block.size_bytes, block.page_size_bytes),
-                )
+        blocks = [
+            PagerBlock(
+                block.name,
+                block.address,
+                block.size_bytes,
+                block.page_size_bytes,
+                *self._page_data(block.name, block.page_size_bytes),
             )
+            for block in self._layout
+        ]
         self._ledger = Ledger.create(
             self.run.ledger, [LedgerBlock(b.name, b.page_size, b.length) for b in blocks]
         )
@@ -241,7 +245,7 @@ class Session:
             spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
         )
         self._cleanup.callback(self.pager.close)
-        registration.negotiate(self._userfaultfd)
+        registration.negotiate(self._userfaultfd, self._features)
         for block in self._layout:
             registration.register(self._userfaultfd, block.address, block.size_bytes)
         self.pager.start()
@@ -253,22 +257,18 @@ class Session:
         Raises:
             MismatchError: QEMU refused it; its words are in the message.
         """
-        from qemu_postcopy.image.device_state import open_device_state
         from qemu_postcopy.vm import migration
 
         self._require(State.LOADED)
         assert self._qmp is not None
-        descriptor = open_device_state(self.image)
         try:
-            await migration.load(self._qmp, descriptor)
+            await migration.load(self._qmp, self._device_state)
         except PostcopyError as error:
             output = self._owned.output() if self._owned else ""
             raise MismatchError(
                 f"QEMU could not load the device state: {error.message}\n{output}".rstrip(),
                 hint="the devices on its command line must be those of the snapshot",
             ) from error
-        finally:
-            os.close(descriptor)
         self._enter(State.LOADED)
 
     async def resume(self) -> None:
@@ -316,7 +316,10 @@ class Session:
                 state = self.pager.statistics().state
                 if trouble != (trouble := self.trouble()):
                     log.warning(trouble or "page data can be had again")
-                if not self.identity.is_alive() or state is PagerState.MAPPER_GONE:
+                if state is PagerState.MAPPER_GONE:
+                    # Its memory goes first, then the process: whoever is told can rely on the end.
+                    await self.wait_gone()
+                if not self.identity.is_alive():
                     self._enter(State.GONE)
                     raise GuestEndedError("QEMU has ended", vm=self.identity.pid)
                 if state is PagerState.COMPLETE:
@@ -333,9 +336,14 @@ class Session:
         assert self.identity is not None
         loop = asyncio.get_running_loop()
         gone = asyncio.Event()
-        loop.add_reader(self.identity.pidfd, gone.set)
-        await gone.wait()
-        loop.remove_reader(self.identity.pidfd)
+        # A descriptor of its own: a loop watches each number once, and several may wait.
+        watched = os.dup(self.identity.pidfd)
+        loop.add_reader(watched, gone.set)
+        try:
+            await gone.wait()
+        finally:
+            loop.remove_reader(watched)
+            os.close(watched)
 
     def detach(self) -> None:
         """Gives the memory back to the kernel: data is all there, what is missing is zero.
@@ -405,7 +413,8 @@ class Session:
         self._require(state)
         self.state = state
         elapsed = time.monotonic() - self._began
-        self._record()
+        if state in RECORDED:
+            self._record()
         if self._listener is not None:
             self._listener(StateChange(state, elapsed))
 
@@ -434,35 +443,79 @@ class Session:
             )
         )
 
+    def _prepare(self) -> None:
+        """All that can be done before QEMU answers."""
+        from qemu_postcopy.image.device_state import open_device_state
+        from qemu_postcopy.paging import registration
+
+        self._features = registration.kernel_features()
+        self._device_state = open_device_state(self.image)
+        self._cleanup.callback(os.close, self._device_state)
+        for block in self.image.manifest.blocks:
+            self._page_data(block.name, block.page_size_bytes)
+
+    def _page_data(self, name: str, page_size: int) -> tuple[int, int, bytearray]:
+        """A block's page file, the offset of its first byte, and which of its pages have data.
+
+        Computed once for each page size: a guest may be restored into a back-end of another one.
+        """
+        from qemu_postcopy.image.page_data import data_bitmap
+
+        key = (name, page_size)
+        if key not in self._sources:
+            fd, offset = self.image.open_block(name)
+            self._cleanup.callback(os.close, fd)
+            size = self.image.manifest.block(name).size_bytes
+            self._sources[key] = (fd, offset, data_bitmap(fd, offset, size, page_size))
+        return self._sources[key]
+
+    def _take_userfaultfd(self) -> None:
+        from qemu_postcopy.vm.attach import take_userfaultfd
+
+        assert self.identity is not None
+        taken = take_userfaultfd(self.identity)
+        self._userfaultfd = taken.descriptor
+        self._userfaultfd_number = taken.remote_descriptor
+        self._cleanup.callback(os.close, taken.descriptor)
+
     async def _check_fits(self) -> None:
+        """Asks QEMU all that must be known before anything is changed, in one go."""
+        from qemu_postcopy.vm.layout import read_layout
         from qemu_postcopy.vm.refusals import refusals
 
-        assert self._qmp is not None
+        assert self._qmp is not None and self.identity is not None
         manifest = self.image.manifest
         qmp = self._qmp
-        status = await qmp.status()
+        self._check_version(qmp.version[:2])
+        status, architecture, machine, reasons, layout = await asyncio.gather(
+            qmp.status(),
+            qmp.target(),
+            qmp.machine_type(),
+            refusals(qmp),
+            read_layout(qmp, self.identity),
+        )
         if status != "inmigrate":
             raise StateError(
                 f"QEMU is {status}; it must wait for a migration (inmigrate)",
                 hint="start it with -incoming defer",
             )
-        architecture = await qmp.target()
         if architecture != manifest.architecture:
             raise MismatchError(
                 f"the image is of a {manifest.architecture} guest, this QEMU is for {architecture}",
                 hint=f"use qemu-system-{manifest.architecture}",
             )
-        machine = await qmp.machine_type()
         if machine != manifest.machine:
             raise MismatchError(
-                f"the image is of machine type {manifest.machine}, QEMU was started with "
-                f"{machine}",
+                f"the image is of machine type {manifest.machine}, QEMU was started with {machine}",
                 hint=f"start it with -machine {manifest.machine}",
             )
-        self._check_version(qmp.version[:2])
-        reasons = await refusals(qmp)
         if reasons:
-            raise MismatchError("this guest's memory cannot be paged: " + "; ".join(reasons))
+            raise MismatchError(
+                "this guest's memory cannot be paged: " + "; ".join(reasons),
+                hint="start QEMU without it",
+            )
+        self._layout = layout
+        self._check_blocks()
 
     def _check_version(self, version: tuple[int, ...]) -> None:
         recorded = self.image.manifest.qemu_version

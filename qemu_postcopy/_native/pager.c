@@ -96,7 +96,7 @@ static void *pager_thread(void *argument)
 
     pthread_setname_np(pthread_self(), "qpc-pager");
     atomic_store_explicit(&p->thread_id, (int)syscall(SYS_gettid), memory_order_relaxed);
-    p->background_refill_ns = p->gave_way_ns = now_ns();
+    p->background_refill_ns = p->background_filled_ns = p->gave_way_ns = now_ns();
     while (!stop_wanted(p) && GET(p->statistics.state) != QPC_PAGER_MAPPER_GONE) {
         uint64_t due, background_due = UINT64_MAX;
         unsigned faults;

@@ -70,9 +70,9 @@ struct qpc_pager_statistics {
     uint64_t pages_total;
     uint64_t pages_data;         /* pages that the source has data for */
     uint64_t pages_data_missing; /* of these, not yet present */
-    uint64_t pages_demand;       /* copied around a fault */
+    uint64_t pages_demand;       /* with data, copied around a fault */
     uint64_t pages_background;   /* copied with nobody waiting */
-    uint64_t pages_zero;         /* answered by ZEROPAGE */
+    uint64_t pages_zero;         /* known to be zero, and filled with zeros */
     uint64_t pages_removed;      /* given back by the guest */
     uint64_t bytes_read;         /* from the source */
     uint64_t already_present;    /* EEXIST answers */

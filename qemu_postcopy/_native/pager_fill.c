@@ -8,6 +8,10 @@
 #include "pager_state.h"
 #include "uffd.h"
 
+#define MERGED_ZEROS 8 /* pages */
+/* The background waits until no fault came for so long, but fills a unit now and then anyway. */
+#define BACKGROUND_QUIET_NS 1000000ull
+#define BACKGROUND_AT_LEAST_NS 20000000ull
 #define RETRY_EVENT_AT_ONCE_NS 100000ull   /* see serve_fault() */
 #define RETRY_EVENT_FIRST_NS 20000ull      /* the other side is between our read and its wake-up */
 #define RETRY_EVENT_LAST_NS 2000000ull
@@ -76,6 +80,10 @@ static int read_source(struct qpc_pager *p, const struct block *b, uint64_t firs
     if (S_ISREG(st.st_mode) && (uint64_t)st.st_size < offset + length)
         return ENODATA;
     COUNT(p->statistics.bytes_read, length);
+    /* What the file holds where the bitmap says zero means nothing (mapped-ram leaves stale data). */
+    for (uint64_t page = first; page < last; page++)
+        if (!has_data(b, page))
+            memset(p->buffer + ((page - first) << b->page_shift), 0, b->is.page_size);
     return 0;
 }
 
@@ -169,7 +177,7 @@ static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page,
     return FILL_DONE;
 }
 
-/* What a missing page gets. */
+/* What a page gets; up to KIND_ZERO it is missing. */
 enum kind { KIND_DATA, KIND_ZERO, KIND_REMOVED, KIND_PRESENT };
 
 static enum kind page_kind(const struct block *b, uint64_t page)
@@ -184,7 +192,7 @@ static enum kind page_kind(const struct block *b, uint64_t page)
     }
 }
 
-/* Copies the buffer, which holds data pages [first, last), into the mapper. */
+/* Copies the buffer, which holds pages [first, last), into the mapper. */
 static enum fill copy_run(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t last,
                           _Atomic uint64_t *counter)
 {
@@ -193,7 +201,12 @@ static enum fill copy_run(struct qpc_pager *p, struct block *b, uint64_t first, 
     qpc_pager_set_pages(p, b, first, last - first, QPC_PAGE_FILLING);
     result = fill_pages(p, b, first, last - first, p->buffer, QPC_PAGE_PRESENT);
     if (result == FILL_DONE) {
-        COUNT(*counter, last - first);
+        uint64_t data = 0;
+
+        for (uint64_t page = first; page < last; page++)
+            data += (uint64_t)has_data(b, page);
+        COUNT(*counter, data);
+        COUNT(p->statistics.pages_zero, last - first - data);
         note_working(p);
         return result;
     }
@@ -217,6 +230,38 @@ static void find_run(const struct block *b, uint64_t page, enum kind kind, uint6
     *last = to;
 }
 
+/*
+ * What to copy for a fault at `page`: the run of missing pages around it, within [*first, *last),
+ * that begins and ends with data and has no longer stretch of zero pages in it than MERGED_ZEROS:
+ * zero pages between data would cost a fault each. Returns 0 where there is none: the page is
+ * removed, present, or among many zeros.
+ */
+static int find_data_run(const struct block *b, uint64_t page, uint64_t *first, uint64_t *last)
+{
+    uint64_t from = page, to = page, zeros = 0;
+
+    if (page_kind(b, page) > KIND_ZERO)
+        return 0;
+    for (uint64_t i = page; i < *last && page_kind(b, i) <= KIND_ZERO && zeros <= MERGED_ZEROS; i++) {
+        zeros = has_data(b, i) ? 0 : zeros + 1;
+        if (!zeros)
+            to = i + 1;
+    }
+    zeros = 0;
+    for (uint64_t i = page; page_kind(b, i) <= KIND_ZERO && zeros <= MERGED_ZEROS; i--) {
+        zeros = has_data(b, i) ? 0 : zeros + 1;
+        if (!zeros)
+            from = i;
+        if (i == *first)
+            break;
+    }
+    if (!has_data(b, page) && (to == page || from == page))
+        return 0; /* at the edge of the data, or away from it */
+    *first = from;
+    *last = to;
+    return 1;
+}
+
 static uint64_t pages_per_chunk(const struct qpc_pager *p, const struct block *b)
 {
     return p->chunk_size > b->is.page_size ? p->chunk_size >> b->page_shift : 1;
@@ -226,6 +271,20 @@ static uint64_t pages_per_chunk(const struct qpc_pager *p, const struct block *b
  * Fills the chunk around a missing page, as far as it is of the same kind. Where the guest gave
  * pages back, it gets the one that it asks for and no more.
  */
+/*
+ * The rest of a chunk whose faulting page was just filled. Nobody is known to wait for it: what
+ * fails is left to a fault of its own.
+ */
+static void fill_around(struct qpc_pager *p, struct block *b, uint64_t page, uint64_t first,
+                        uint64_t last)
+{
+    if (page + 1 < last && !read_source(p, b, page + 1, last) &&
+        copy_run(p, b, page + 1, last, &p->statistics.pages_demand) != FILL_DONE)
+        return;
+    if (first < page && !read_source(p, b, first, page))
+        copy_run(p, b, first, page, &p->statistics.pages_demand);
+}
+
 static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
 {
     uint64_t chunk_pages = pages_per_chunk(p, b);
@@ -235,19 +294,24 @@ static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
     enum fill result;
     int errnum;
 
+    if (find_data_run(b, page, &first, &last))
+        kind = KIND_DATA;
     switch (kind) {
     case KIND_DATA:
-        find_run(b, page, kind, &first, &last);
-        errnum = read_source(p, b, first, last);
-        if (errnum && last - first > 1) {
-            /* The page itself may be readable all the same. */
-            first = page;
-            last = page + 1;
-            errnum = read_source(p, b, first, last);
-        }
-        if (errnum)
+        /*
+         * The page itself first: whoever waits for it runs on while the rest of the chunk is filled,
+         * and needs no more of the source than this page to be readable.
+         */
+        errnum = read_source(p, b, page, page + 1);
+        if (errnum && has_data(b, page))
             return note_source_error(p, b, page, errnum);
-        result = copy_run(p, b, first, last, &p->statistics.pages_demand);
+        if (errnum) { /* known to be zero: needs no source */
+            result = fill_pages(p, b, page, 1, NULL, QPC_PAGE_PRESENT);
+            break;
+        }
+        result = copy_run(p, b, page, page + 1, &p->statistics.pages_demand);
+        if (result == FILL_DONE)
+            fill_around(p, b, page, first, last);
         break;
     case KIND_ZERO:
         find_run(b, page, kind, &first, &last);
@@ -383,12 +447,17 @@ static int64_t next_missing(struct block *b)
 uint64_t qpc_pager_fill_background(struct qpc_pager *p)
 {
     uint64_t rate = GET(p->background_rate);
-    uint64_t now = now_ns();
+    uint64_t now = now_ns(), quiet_ns;
 
     if (GET(p->statistics.state) != QPC_PAGER_SERVING)
         return UINT64_MAX;
     if (now < p->background_due_ns)
         return p->background_due_ns;
+    /* A thread that just got its page is likely to need the next: a unit would keep it waiting. */
+    quiet_ns = min_u64(p->answered_ns + BACKGROUND_QUIET_NS,
+                       p->background_filled_ns + BACKGROUND_AT_LEAST_NS);
+    if (now < quiet_ns)
+        return quiet_ns;
     if (rate) {
         uint64_t burst = rate / 20 > p->buffer_size ? rate / 20 : p->buffer_size;
         uint64_t elapsed = min_u64(now - p->background_refill_ns, 1000000000ull);
@@ -425,6 +494,7 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
         case FILL_DONE:
             b->cursor = last;
             p->background_attempts = 0;
+            p->background_filled_ns = now;
             if (rate) {
                 uint64_t used = (last - first) << b->page_shift;
                 p->background_tokens -= min_u64(used, p->background_tokens);

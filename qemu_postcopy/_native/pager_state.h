@@ -69,6 +69,7 @@ struct qpc_pager {
     uint64_t background_tokens;
     uint64_t background_refill_ns;
     uint64_t background_due_ns;
+    uint64_t background_filled_ns; /* when the last unit was begun */
     uint32_t background_attempts;
 
     uint64_t gap_ns;      /* running mean of the time between an answer and the next fault */

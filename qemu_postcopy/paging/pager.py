@@ -19,7 +19,7 @@ from qemu_postcopy.paging.ledger import Ledger
 #: Bytes filled around a fault unless told otherwise; `qemu-postcopy bench restore` chose it.
 DEFAULT_CHUNK_SIZE = 64 << 10
 #: Longest poll for the next fault before sleeping, in microseconds.
-DEFAULT_SPIN_LIMIT_US = 200
+DEFAULT_SPIN_LIMIT_US = 500
 TIMELINE_BUCKET_SECONDS = 0.01
 
 

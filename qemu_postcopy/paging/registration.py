@@ -25,13 +25,17 @@ def kernel_features() -> int:
     return int(features[0])
 
 
-def negotiate(userfaultfd: int) -> int:
+def negotiate(userfaultfd: int, available: int | None = None) -> int:
     """UFFDIO_API on a fresh descriptor, with all that serving a guest needs; returns the features.
+
+    Args:
+        available: see :func:`kernel_features`; None: the kernel is asked.
 
     Raises:
         HostError: the descriptor was negotiated before, or the kernel refuses.
     """
-    features = int(lib.qpc_uffd_wanted_features(kernel_features()))
+    known = kernel_features() if available is None else available
+    features = int(lib.qpc_uffd_wanted_features(known))
     error = new_error()
     check(lib.qpc_uffd_api(userfaultfd, features, error), error)
     return features

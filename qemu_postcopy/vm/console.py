@@ -39,8 +39,9 @@ class Console:
         self._changed = asyncio.Event()
         #: all output since :meth:`forget`
         self.output = b""
-        #: CLOCK_MONOTONIC in nanoseconds of the first byte since :meth:`forget`; 0: none yet
-        self.first_output_ns = 0
+        #: CLOCK_MONOTONIC, in nanoseconds, of the first whole line since :meth:`forget`, which is
+        #: the second line break: the first ends a line that began before.  0: none yet.
+        self.first_line_ns = 0
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._descriptor, self._read)
 
@@ -50,8 +51,9 @@ class Console:
             piece = os.read(self._descriptor, READ_BYTES)
         except BlockingIOError:
             return
-        self.first_output_ns = self.first_output_ns or now
         self.output += piece
+        if not self.first_line_ns and self.output.count(b"\n") >= 2:
+            self.first_line_ns = now
         self._log.write(piece)
         if self._listener is not None:
             self._listener(piece)
@@ -61,7 +63,7 @@ class Console:
         """Drops what was read; what is still in the FIFO too."""
         self._read()
         self.output = b""
-        self.first_output_ns = 0
+        self.first_line_ns = 0
 
     async def wait_for(self, condition: Callable[[bytes], bool], timeout: float) -> None:
         """Waits until ``condition(self.output)`` holds; TimeoutError after ``timeout`` seconds."""

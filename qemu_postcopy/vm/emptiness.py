@@ -86,7 +86,9 @@ def ensure_empty(block: RamBlock, identity: ProcessIdentity) -> Emptied:
 def refuse_other_mappers(block: RamBlock, identity: ProcessIdentity) -> None:
     """AttachError if another process maps the block's file: it would see zeros where a page is
     missing, and emptying would take its memory away."""
-    if block.file_key is None:
+    # A memfd has no name: others get it from QEMU only, as vhost-user back-ends do, and those are
+    # refused as devices. Looking through every process of a busy host takes long.
+    if block.file_key is None or block.backing == "memfd":
         return
     others = identity.other_mappers(block.file_key)
     if others:

@@ -7,6 +7,7 @@ an address that is not certain is refused, since a wrong one would overwrite som
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import re
@@ -133,8 +134,12 @@ async def read_layout(qmp: Qmp, identity: ProcessIdentity) -> list[RamBlock]:
     Raises: AttachError, with the block's name, where an address cannot be had with certainty or
     the memory is of a kind that cannot be paged.
     """
-    backends = {entry["id"]: entry for entry in await qmp.memory_backends()}
-    listed = {block.name: block for block in parse_ramblocks(await qmp.human("info ramblock"))}
+    # Asked all at once: QEMU answers in order, and each answer alone costs a round trip.
+    memdevs, ramblocks, flat_view = await asyncio.gather(
+        qmp.memory_backends(), qmp.human("info ramblock"), qmp.human("info mtree -f")
+    )
+    backends = {entry["id"]: entry for entry in memdevs}
+    listed = {block.name: block for block in parse_ramblocks(ramblocks)}
     ranges: list[FlatRange] | None = None
     mappings = identity.maps()
     blocks = []
@@ -150,7 +155,7 @@ async def read_layout(qmp: Qmp, identity: ProcessIdentity) -> list[RamBlock]:
         address = block.address
         if address is None:
             if ranges is None:
-                ranges = parse_flat_view(await qmp.human("info mtree -f"))
+                ranges = parse_flat_view(flat_view)
             address = await _address_of(qmp, block, ranges)
         blocks.append(_describe(block, backend_id, address, mappings, identity))
     _refuse_overlap(blocks)
@@ -161,10 +166,17 @@ async def _address_of(qmp: Qmp, block: ListedBlock, ranges: Iterable[FlatRange])
     """For a QEMU that does not state it: each part of the block that the guest sees is asked for,
     and all answers must lead to one beginning. `gpa2hva` looks up, it touches no memory."""
     begins = set()
-    for part in ranges:
-        if part.region != block.name or part.kind not in ("ram", "rom", "nv-ram"):
-            continue
-        answer = await qmp.human(f"gpa2hva {part.guest_address:#x}")
+    parts = list(
+        dict.fromkeys(
+            part
+            for part in ranges
+            if part.region == block.name and part.kind in ("ram", "rom", "nv-ram")
+        )
+    )
+    answers = await asyncio.gather(
+        *(qmp.human(f"gpa2hva {part.guest_address:#x}") for part in parts)
+    )
+    for part, answer in zip(parts, answers, strict=True):
         match = HOST_ADDRESS.fullmatch(answer)
         if match is None or match[1] != block.name:
             raise _refused(block.name, f"its address cannot be told: QEMU says {answer!r}")

@@ -53,13 +53,17 @@ async def load(qmp: Qmp, descriptor: int) -> None:
         QmpError: QEMU refused the stream; with QEMU's words where it gave any.  It usually has
             ended then.
     """
-    async with qmp.migration_capabilities(events=True):
-        with qmp.listen("MIGRATION") as listener:
-            await qmp.send_descriptor(DESCRIPTOR_NAME, descriptor)
-            await qmp.execute("migrate-incoming", {"uri": f"fd:{DESCRIPTOR_NAME}"})
-            event = await listener.wait(lambda e: _status(e) in ENDED, timeout=LOAD_SECONDS)
-        if _status(event) != "completed":
-            raise QmpError("QEMU failed to load the device state", hint="its log says why")
+    # Sent at once, answered in order. The capability stays on: QEMU then reports its migrations.
+    events = {"capabilities": [{"capability": "events", "state": True}]}
+    with qmp.listen("MIGRATION") as listener:
+        await asyncio.gather(
+            qmp.execute("migrate-set-capabilities", events),
+            qmp.send_descriptor(DESCRIPTOR_NAME, descriptor),
+            qmp.execute("migrate-incoming", {"uri": f"fd:{DESCRIPTOR_NAME}"}),
+        )
+        event = await listener.wait(lambda e: _status(e) in ENDED, timeout=LOAD_SECONDS)
+    if _status(event) != "completed":
+        raise QmpError("QEMU failed to load the device state", hint="its log says why")
 
 
 async def save(

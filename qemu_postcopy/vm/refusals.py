@@ -5,6 +5,8 @@ Asked by QMP before anything is changed; runs in the caller's event loop.
 
 from __future__ import annotations
 
+import asyncio
+
 from qemu_postcopy.vm.qmp import CommandError, Qmp
 
 #: Prefixes of QOM types whose devices pin all guest memory for DMA (vfio_dma_map, vhost_vdpa).
@@ -13,24 +15,40 @@ PINNED = (
     "it pins all guest memory at once, so nothing can be left to be paged in later: "
     "unplug it before the snapshot and plug it in again after the restore"
 )
+#: Prefixes of QOM types whose devices are served by another process that maps guest memory.
+SHARING_TYPES = ("vhost-user-",)
+SHARED = (
+    "its back-end process maps guest memory too, and would read zeros where a page is missing: "
+    "unplug it before the snapshot and plug it in again when the guest has all of its memory"
+)
 ENCRYPTED = "the guest's memory is encrypted: only the guest itself can fill it"
 
 
 async def refusals(qmp: Qmp) -> list[str]:
     """Why this guest's memory cannot be paged on demand, a sentence each; empty if it can."""
+    # Asked all at once: QEMU answers in order, and each answer alone costs a round trip.
+    plugged, built_in, network, guard, sev = await asyncio.gather(
+        qmp.execute("qom-list", {"path": "/machine/peripheral"}),
+        qmp.execute("qom-list", {"path": "/machine/peripheral-anon"}),
+        qmp.human("info network"),
+        _confidential_guest_support(qmp),
+        _sev_enabled(qmp),
+    )
     reasons = []
-    for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
-        for entry in await qmp.execute("qom-list", {"path": folder}):
-            kind = entry["type"].removeprefix("child<").removesuffix(">")
-            if kind.startswith(PINNING_TYPES):
-                reasons.append(f"device {entry['name']} ({kind}): {PINNED}")
-    # A vhost-vdpa net back-end is no QOM object; the human monitor alone lists it.
-    if "type=vhost-vdpa" in await qmp.human("info network"):
+    for entry in [*plugged, *built_in]:
+        kind = entry["type"].removeprefix("child<").removesuffix(">")
+        if kind.startswith(PINNING_TYPES):
+            reasons.append(f"device {entry['name']} ({kind}): {PINNED}")
+        elif kind.startswith(SHARING_TYPES):
+            reasons.append(f"device {entry['name']} ({kind}): {SHARED}")
+    # Network back-ends are no QOM objects; the human monitor alone lists them.
+    if "type=vhost-vdpa" in network:
         reasons.append(f"a vhost-vdpa network back-end: {PINNED}")
-    guard = await _confidential_guest_support(qmp)
+    if "type=vhost-user" in network:
+        reasons.append(f"a vhost-user network back-end: {SHARED}")
     if guard:
         reasons.append(f"confidential guest ({guard}): {ENCRYPTED}")
-    elif await _sev_enabled(qmp):
+    elif sev:
         reasons.append(f"confidential guest (SEV): {ENCRYPTED}")
     return reasons
 

@@ -1,0 +1,286 @@
+"""``bench restore``: how long until a guest says something again, by each way to resume it.
+
+For each size a guest is booted, fills its memory, and is snapshotted once; then the ways take turns,
+so that a machine whose speed drifts treats all alike.  Measured is the time from the start of QEMU
+(or of the command) to the first whole line on the guest's console (a guest that was stopped in the middle of one
+finishes it from the device's buffer, with no instruction run); the page cache is warm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qemu_postcopy.errors import GuestEndedError, HostError
+from qemu_postcopy.image.convert import export
+from qemu_postcopy.image.device_state import open_device_state
+from qemu_postcopy.image.image import Image
+from qemu_postcopy.images.builder import build
+from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.restore import RestoreOptions, restore
+from qemu_postcopy.session import SessionOptions
+from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.snapshot import SnapshotOptions, snapshot
+from qemu_postcopy.vm.console import Console
+from qemu_postcopy.vm.launch import launch
+from qemu_postcopy.vm.qmp import Qmp
+from qemu_postcopy.vm.spec import MemoryBackend, VmSpec, restore_arguments
+
+FILL_SECONDS = 900.0
+OUTPUT_SECONDS = 120.0
+#: mapped-ram came with QEMU 9.0
+MAPPED_RAM_VERSION = (9, 0)
+
+OURS = "lazy"
+COMMAND = "lazy, from the command"
+PRIVATE = "kernel private mapping"
+PLAIN = "eager, plain stream"
+MAPPED = "eager, mapped-ram"
+
+
+@dataclass(frozen=True)
+class RestoreBench:
+    """What to measure: sizes in MiB of filled memory, eager ways up to ``eager_mib``.
+
+    ``directory`` gets the images and streams (twice to three times the largest size).
+    """
+
+    sizes_mib: tuple[int, ...]
+    runs: int
+    directory: Path
+    qemu: str
+    eager_mib: int
+    background: bool = True
+    chunk_size: int | None = None
+    say: Callable[[str], None] = field(default=lambda text: None)
+
+    async def run(self) -> dict[tuple[str, int], list[float]]:
+        """Seconds of each run, by way and size, in the order of the rounds."""
+        guest = await asyncio.to_thread(build)
+        times: dict[tuple[str, int], list[float]] = {}
+        for size in self.sizes_mib:
+            place = self.directory / f"bench-{size}"
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            try:
+                await self._measure(_Guest(self, guest, size, place), times)
+            finally:
+                shutil.rmtree(place)
+        return times
+
+    async def _measure(self, guest: _Guest, times: dict[tuple[str, int], list[float]]) -> None:
+        self.say(f"{guest.size_mib} MiB: booting, filling, snapshotting")
+        version = await guest.prepare()
+        ways: dict[str, Callable[[], Awaitable[float]]] = {
+            OURS: guest.resume_lazily,
+            PRIVATE: guest.resume_privately,
+            COMMAND: guest.resume_by_command,
+        }
+        if guest.size_mib <= self.eager_mib:
+            await asyncio.to_thread(export, guest.image, guest.plain)
+            ways[PLAIN] = guest.resume_from_plain
+            if version >= MAPPED_RAM_VERSION:
+                await asyncio.to_thread(export, guest.image, guest.mapped, "mapped-ram")
+                ways[MAPPED] = guest.resume_from_mapped
+        for number in range(self.runs + 1):
+            self.say(
+                f"{guest.size_mib} MiB: "
+                + (f"round {number} of {self.runs}" if number else "warming up")
+            )
+            for way, resume in ways.items():
+                seconds = await resume()
+                if number:
+                    times.setdefault((way, guest.size_mib), []).append(seconds)
+
+
+class _Guest:
+    """One size's guest: its image, and each way to resume it once."""
+
+    def __init__(
+        self, bench: RestoreBench, guest: GuestImage, size_mib: int, directory: Path
+    ) -> None:
+        self.size_mib = size_mib
+        self.plain = directory / "plain"
+        self.mapped = directory / "mapped"
+        self._bench = bench
+        self._guest = guest
+        self._directory = directory
+        self._fifo = directory / "console"
+        self._image_path = directory / "guest.qpc"
+        self.image: Image
+
+    def _console(self) -> Console:
+        return Console(self._fifo, self._directory / "console.log")
+
+    async def prepare(self) -> tuple[int, ...]:
+        """Boots, fills, snapshots; returns QEMU's version."""
+        spec = VmSpec(
+            binary=self._bench.qemu,
+            memory=(MemoryBackend("memfd", "m0", self._guest.ram_mib(self.size_mib) << 20),),
+            kernel=str(self._guest.kernel),
+            initrd=str(self._guest.initramfs),
+            append=self._guest.kernel_command_line(
+                "check", fill_mib=self.size_mib, zero_percent=0, tick_ms=10
+            ),
+            serial=str(self._fifo),
+        )
+        with self._console() as console:
+            qemu = launch(spec.argv(self._directory), self._directory / "original")
+            try:
+                async with await qemu.connect() as qmp:
+                    version = qmp.version
+                await console.wait_for(lambda output: b"QPC tick" in output, FILL_SECONDS)
+                await snapshot(
+                    SnapshotOptions(qmp=qemu.qmp_path, image=self._image_path, then="stop")
+                )
+            finally:
+                qemu.kill()
+                qemu.close()
+        self.image = Image.open(self._image_path)
+        return version
+
+    def _words(self, incoming: str) -> list[str]:
+        manifest = self.image.manifest
+        words = restore_arguments(list(manifest.launch["argv"]), manifest.machine)
+        words[words.index("defer")] = incoming
+        words.remove("-S")
+        return words
+
+    async def _time(
+        self, words: list[str], descriptor: int, prepare: Callable[[Qmp], Awaitable[None]] | None
+    ) -> float:
+        """Starts stock QEMU, and waits for the guest's first output."""
+        with self._console() as console:
+            console.forget()
+            began = time.monotonic_ns()
+            passed = [descriptor] if descriptor >= 0 else []
+            qemu = launch(words, self._directory / "stock", pass_descriptors=passed)
+            try:
+                if prepare is not None:
+                    async with await qemu.connect() as qmp:
+                        await prepare(qmp)
+                await console.wait_for(_whole_line(console), OUTPUT_SECONDS)
+            finally:
+                qemu.kill()
+                qemu.close()
+            return (console.first_line_ns - began) / 1e9
+
+    async def resume_from_plain(self) -> float:
+        """`-incoming fd:` of the whole stream."""
+        with self.plain.open("rb") as file:
+            os.set_inheritable(file.fileno(), True)
+            return await self._time(self._words(f"fd:{file.fileno()}"), file.fileno(), None)
+
+    async def resume_from_mapped(self) -> float:
+        """`migrate-incoming file:` with the mapped-ram capability."""
+
+        async def load(qmp: Qmp) -> None:
+            capability = {"capability": "mapped-ram", "state": True}
+            await qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
+            await qmp.execute("migrate-incoming", {"uri": f"file:{self.mapped}"})
+
+        return await self._time(self._words("defer"), -1, load)
+
+    async def resume_privately(self) -> float:
+        """The page file mapped privately by QEMU itself: the kernel pages it in."""
+        block = self.image.manifest.blocks[0]
+        words = self._words("")
+        state = open_device_state(self.image)
+        try:
+            words[words.index("-incoming") + 1] = f"fd:{state}"
+            index = next(i for i, word in enumerate(words) if word.startswith("memory-backend-"))
+            words[index] = (
+                f"memory-backend-file,id={block.name},size={block.size_bytes},share=off,"
+                f"mem-path={self.image.path / block.file}"
+            )
+            return await self._time(words, state, None)
+        finally:
+            os.close(state)
+
+    async def resume_lazily(self) -> float:
+        """This process serves; measured from the start of QEMU."""
+        run = RunDirectory.create("bench", self._directory)
+        began: list[int] = []
+        with self._console() as console:
+            console.forget()
+            options = RestoreOptions(
+                image=self._image_path,
+                session=SessionOptions(
+                    chunk_size=self._bench.chunk_size, background=self._bench.background
+                ),
+            )
+            serving = asyncio.ensure_future(restore(options, run))
+            output = asyncio.ensure_future(console.wait_for(_whole_line(console), OUTPUT_SECONDS))
+            await asyncio.wait({serving, output}, return_when=asyncio.FIRST_COMPLETED)
+            if not output.done():
+                output.cancel()
+                await serving  # raises what went wrong
+                raise HostError("the guest said nothing")
+            record = run.read_record()
+            assert record is not None
+            began.append(record.launched_ns)
+            _kill(record.pid, record.start_time)
+            with suppress(GuestEndedError):
+                await serving
+            return (console.first_line_ns - began[0]) / 1e9
+
+    async def resume_by_command(self) -> float:
+        """`qemu-postcopy restore`, measured from its start."""
+        base = self._directory / "run"
+        words = [sys.executable, "-m", "qemu_postcopy", "restore", "--name", "bench"]
+        if self._bench.chunk_size:
+            words += ["--chunk", str(self._bench.chunk_size)]
+        if not self._bench.background:
+            words.append("--no-background")
+        with self._console() as console:
+            console.forget()
+            began = time.monotonic_ns()
+            command = await asyncio.create_subprocess_exec(
+                *words,
+                str(self._image_path),
+                env={**os.environ, "QEMU_POSTCOPY_RUN_DIR": str(base)},
+                stdout=asyncio.subprocess.DEVNULL,
+            )
+            status = await command.wait()
+            if status:
+                raise HostError(f"the restore failed with exit status {status}")
+            await console.wait_for(_whole_line(console), OUTPUT_SECONDS)
+            record = RunDirectory.find("bench", base).read_record()
+            assert record is not None
+            _kill(record.pid, record.start_time)
+            await _wait_gone(record.sidecar_pid)
+            return (console.first_line_ns - began) / 1e9
+
+
+def _whole_line(console: Console) -> Callable[[bytes], bool]:
+    return lambda _: console.first_line_ns > 0
+
+
+def _kill(pid: int, start_time: int) -> None:
+    import signal
+
+    from qemu_postcopy.vm.process import ProcessIdentity
+
+    with ProcessIdentity.open(pid, start_time) as identity:
+        signal.pidfd_send_signal(identity.pidfd, signal.SIGKILL)
+
+
+async def _wait_gone(pid: int) -> None:
+    """Returns when that process has ended: the next run must not share the machine with it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(pidfd, gone.set)
+    await gone.wait()
+    loop.remove_reader(pidfd)
+    os.close(pidfd)
