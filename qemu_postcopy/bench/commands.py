@@ -1,0 +1,162 @@
+"""``qemu-postcopy bench``: each bench is a command; a table by default, JSON on request.
+
+Only click is imported before a bench runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from qemu_postcopy.bench.report import Report
+
+SHIFTS = {"K": 10, "M": 20, "G": 30}
+DEFAULT_PAGES = {"memfd": 20000, "anonymous": 20000, "hugetlb": 64}
+
+
+class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks
+    """Values separated by commas."""
+
+    name = "list"
+
+    def parse(self, text: str) -> int:
+        """One of them; ValueError if it is none."""
+        raise NotImplementedError
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(dict.fromkeys(self.parse(part.strip()) for part in value.split(",")))
+        except ValueError as error:
+            self.fail(str(error), parameter, context)
+
+
+class Counts(Listed):
+    """Positive numbers: 1,4."""
+
+    def parse(self, text: str) -> int:
+        if not text.isdigit() or not 1 <= int(text) <= 64:
+            raise ValueError(f"{text!r} is not a number from 1 to 64")
+        return int(text)
+
+
+class ChunkSizes(Listed):
+    """Chunk sizes: 4KiB, 64K, 2M, or "default"."""
+
+    def parse(self, text: str) -> int:
+        if text == "default":
+            from qemu_postcopy.paging.pager import DEFAULT_CHUNK_SIZE
+
+            return DEFAULT_CHUNK_SIZE
+        digits = text.upper().removesuffix("IB").removesuffix("B")
+        shift = SHIFTS.get(digits[-1:], 0)
+        digits = digits[:-1] if shift else digits
+        size = int(digits) << shift if digits.isdigit() else 0
+        if not 4096 <= size <= 2 << 20 or size & (size - 1):
+            raise ValueError(
+                f"{text!r} is not a chunk size: a power of two from 4KiB to 2MiB, or 'default'"
+            )
+        return size
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Writes a report to standard output."""
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+        return
+    from rich.console import Console
+
+    # A file or pipe has no width: long lines are better there than columns cut to 80.
+    report.print(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+
+
+def say(line: str) -> None:
+    """Progress goes to standard error."""
+    click.echo(line, err=True)
+
+
+@click.group("bench")
+def bench_commands() -> None:
+    """Measure this host.
+
+    Every bench alternates between what it compares, and reports ratios of what was measured within
+    moments of each other.
+    """
+
+
+@bench_commands.command("faults")
+@click.option("--pages", type=click.IntRange(64, 1 << 22), help="Pages to touch in each run.")
+@click.option(
+    "--order",
+    type=click.Choice(["sequential", "random", "both"]),
+    default="both",
+    show_default=True,
+    help="The order of touches.",
+)
+@click.option(
+    "--threads", type=Counts(), default="1,4", show_default=True, help="Threads that touch."
+)
+@click.option(
+    "--chunk",
+    "chunk_sizes",
+    type=ChunkSizes(),
+    default="4KiB,default",
+    show_default=True,
+    help="Bytes filled around a fault.",
+)
+@click.option(
+    "--memory",
+    type=click.Choice(sorted(DEFAULT_PAGES)),
+    default="memfd",
+    show_default=True,
+    help="What the memory is made of.",
+)
+@click.option(
+    "--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds of each."
+)
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default="/dev/shm",
+    show_default=True,
+    help="Where the page data is put for the time being.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def faults_command(
+    pages: int | None,
+    order: str,
+    threads: tuple[int, ...],
+    chunk_sizes: tuple[int, ...],
+    memory: str,
+    runs: int,
+    directory: Path,
+    as_json: bool,
+) -> None:
+    """Answer page faults: our pager against a bare C handler, blocking and spinning.
+
+    \b
+    Examples:
+      qemu-postcopy bench faults
+      qemu-postcopy bench faults --threads 1 --chunk 4KiB --order random --json
+    """
+    from qemu_postcopy.bench.faults import FaultBench
+
+    bench = FaultBench(
+        pages=pages or DEFAULT_PAGES[memory],
+        orders=("sequential", "random") if order == "both" else (order,),
+        threads=threads,
+        chunk_sizes=chunk_sizes,
+        memory=memory,
+        runs=runs,
+        directory=directory,
+        say=say,
+    )
+    show(bench.run(), as_json)
