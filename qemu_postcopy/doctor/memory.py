@@ -134,7 +134,7 @@ def room_findings() -> list[Finding]:
             f"The demo needs about {binary_size(DEMO_BYTES)}.",
             ""
             if available >= DEMO_BYTES
-            else "Stop something, or: qemu-postcopy demo --memory 128",
+            else "Stop something, or: qemu-postcopy demo --memory 128M",
             data={"bytes": available},
         ),
         Finding(
