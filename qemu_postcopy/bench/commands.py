@@ -7,64 +7,55 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
     from qemu_postcopy.bench.report import Report
 
-SHIFTS = {"K": 10, "M": 20, "G": 30}
+SHIFTS = {"K": 10, "M": 20}
 DEFAULT_PAGES = {"memfd": 20000, "anonymous": 20000, "hugetlb": 64}
 
 
-class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks
-    """Values separated by commas."""
+def listed(
+    parse: Callable[[str], int],
+) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
+    """A callback for an option that takes values separated by commas."""
 
-    name = "list"
-
-    def parse(self, text: str) -> int:
-        """One of them; ValueError if it is none."""
-        raise NotImplementedError
-
-    def convert(
-        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
+    def convert(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
         try:
-            return tuple(dict.fromkeys(self.parse(part.strip()) for part in value.split(",")))
+            return tuple(dict.fromkeys(parse(part.strip()) for part in value.split(",")))
         except ValueError as error:
-            self.fail(str(error), parameter, context)
+            raise click.BadParameter(str(error), context, parameter) from error
+
+    return convert
 
 
-class Counts(Listed):
-    """Positive numbers: 1,4."""
-
-    def parse(self, text: str) -> int:
-        if not text.isdigit() or not 1 <= int(text) <= 64:
-            raise ValueError(f"{text!r} is not a number from 1 to 64")
-        return int(text)
+def thread_count(text: str) -> int:
+    """1 to 64."""
+    if not text.isdigit() or not 1 <= int(text) <= 64:
+        raise ValueError(f"{text!r} is not a number from 1 to 64")
+    return int(text)
 
 
-class ChunkSizes(Listed):
-    """Chunk sizes: 4KiB, 64K, 2M, or "default"."""
+def chunk_size(text: str) -> int:
+    """Bytes: 4KiB, 64K, 2M, or "default"."""
+    if text == "default":
+        from qemu_postcopy.paging.pager import DEFAULT_CHUNK_SIZE
 
-    def parse(self, text: str) -> int:
-        if text == "default":
-            from qemu_postcopy.paging.pager import DEFAULT_CHUNK_SIZE
-
-            return DEFAULT_CHUNK_SIZE
-        digits = text.upper().removesuffix("IB").removesuffix("B")
-        shift = SHIFTS.get(digits[-1:], 0)
-        digits = digits[:-1] if shift else digits
-        size = int(digits) << shift if digits.isdigit() else 0
-        if not 4096 <= size <= 2 << 20 or size & (size - 1):
-            raise ValueError(
-                f"{text!r} is not a chunk size: a power of two from 4KiB to 2MiB, or 'default'"
-            )
-        return size
+        return DEFAULT_CHUNK_SIZE
+    digits = text.upper().removesuffix("IB").removesuffix("B")
+    shift = SHIFTS.get(digits[-1:], 0)
+    digits = digits[:-1] if shift else digits
+    size = int(digits) << shift if digits.isdigit() else 0
+    if not 4096 <= size <= 2 << 20 or size & (size - 1):
+        raise ValueError(
+            f"{text!r} is not a chunk size: a power of two from 4KiB to 2MiB, or 'default'"
+        )
+    return size
 
 
 def show(report: Report, as_json: bool) -> None:
@@ -102,12 +93,16 @@ def bench_commands() -> None:
     help="The order of touches.",
 )
 @click.option(
-    "--threads", type=Counts(), default="1,4", show_default=True, help="Threads that touch."
+    "--threads",
+    callback=listed(thread_count),
+    default="1,4",
+    show_default=True,
+    help="Threads that touch.",
 )
 @click.option(
     "--chunk",
     "chunk_sizes",
-    type=ChunkSizes(),
+    callback=listed(chunk_size),
     default="4KiB,default",
     show_default=True,
     help="Bytes filled around a fault.",

@@ -23,17 +23,8 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     binary = tmp_path_factory.mktemp("pager") / "pager_test"
     names = ("pager.c", "pager_events.c", "pager_fill.c", "uffd.c", "error.c")
     sources = [DRIVER, *(NATIVE / name for name in names)]
-    flags = [
-        "-std=gnu11",
-        "-O1",
-        "-g",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unused-parameter",
-        "-pthread",
-    ]
-    flags += [f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
+    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+    flags += ["-pthread", f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
     flags += [f"-DQPC_PAGER_QUEUE_LENGTH={QUEUE_LENGTH}u", f"-I{NATIVE}"]
     command = ["cc", *flags, *map(str, sources), "-o", str(binary)]
     built = subprocess.run(command, capture_output=True, text=True)
