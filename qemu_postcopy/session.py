@@ -388,7 +388,7 @@ class Session:
         if self.pager is None:
             return ""
         statistics = self.pager.statistics()
-        if not (statistics.last_error and statistics.faults_waiting):
+        if not statistics.failing:
             return ""
         block = self._layout[statistics.last_error_block].name
         if statistics.last_error == errno.ENODATA:

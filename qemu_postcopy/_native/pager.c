@@ -313,7 +313,11 @@ void qpc_pager_read_statistics(const struct qpc_pager *p, struct qpc_pager_stati
     const _Atomic uint64_t *from = (const _Atomic uint64_t *)&p->statistics;
     uint64_t *to = (uint64_t *)ret;
 
-    _Static_assert(sizeof(p->statistics) == sizeof(*ret), "the two lists of counters must match");
+    _Static_assert(sizeof(p->statistics) == sizeof(*ret) &&
+                       offsetof(struct qpc_pager, statistics.failing) -
+                               offsetof(struct qpc_pager, statistics) ==
+                           offsetof(struct qpc_pager_statistics, failing),
+                   "the two lists of counters must match");
     for (size_t i = 0; i < offsetof(struct qpc_pager_statistics, timeline) / sizeof(*to); i++)
         to[i] = atomic_load_explicit(&from[i], memory_order_relaxed);
     for (size_t i = 0; i < sizeof(ret->timeline) / sizeof(ret->timeline[0]); i++)

@@ -86,6 +86,7 @@ struct qpc_pager_statistics {
     uint64_t last_error;         /* errno of the last of these two; ENODATA = the file is too short */
     uint64_t last_error_block;   /* index */
     uint64_t last_error_page;    /* index */
+    uint64_t failing;            /* faults (and the background, as one) that wait for data now */
     uint64_t spins_hit;          /* a fault came while polling */
     uint64_t spins_missed;
     uint64_t started_ns;         /* CLOCK_MONOTONIC of qpc_pager_start() */

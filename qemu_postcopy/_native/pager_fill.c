@@ -33,18 +33,6 @@ static void note_error(struct qpc_pager *p, const struct block *b, uint64_t page
     SET(p->statistics.last_error, (uint64_t)errnum);
     SET(p->statistics.last_error_block, (uint64_t)(b - p->blocks));
     SET(p->statistics.last_error_page, page);
-    if (!p->failing) {
-        p->failing = 1;
-        qpc_pager_notify(p);
-    }
-}
-
-static void note_working(struct qpc_pager *p)
-{
-    if (p->failing) {
-        p->failing = 0;
-        qpc_pager_notify(p);
-    }
 }
 
 static void wake(struct qpc_pager *p, uint64_t start, uint64_t length)
@@ -207,7 +195,6 @@ static enum fill copy_run(struct qpc_pager *p, struct block *b, uint64_t first, 
             data += (uint64_t)has_data(b, page);
         COUNT(*counter, data);
         COUNT(p->statistics.pages_zero, last - first - data);
-        note_working(p);
         return result;
     }
     for (uint64_t page = first; page < last; page++)
@@ -383,6 +370,7 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
             qpc_pager_queue_fault(p, &fault);
             return;
         case FILL_LATER:
+            fault.failed = 1;
             fault.due_ns = now + backoff_ns(fault.attempts++, RETRY_SOURCE_FIRST_NS,
                                             RETRY_SOURCE_LAST_NS);
             qpc_pager_queue_fault(p, &fault);
@@ -391,12 +379,24 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
     }
 }
 
+/* How many attempts stand failed now; the operator is told when that begins and when it ends. */
+static void tell_failing(struct qpc_pager *p, uint64_t faults_failed)
+{
+    uint64_t failing = faults_failed, before = GET(p->statistics.failing);
+
+    if (p->background_attempts && GET(p->statistics.state) == QPC_PAGER_SERVING &&
+        atomic_load_explicit(&p->background, memory_order_relaxed))
+        failing++;
+    SET(p->statistics.failing, failing);
+    if (!failing != !before)
+        qpc_pager_notify(p);
+}
+
 uint64_t qpc_pager_serve_queue(struct qpc_pager *p)
 {
-    uint64_t next = 0;
+    uint64_t next = 0, failed = 0;
 
-    for (uint32_t left = p->queue_count; left && !stop_wanted(p);
-         left--) {
+    for (uint32_t left = p->queue_count; left && !stop_wanted(p); left--) {
         struct fault fault = qpc_pager_unqueue_fault(p);
 
         if (fault.due_ns && fault.due_ns > now_ns())
@@ -412,13 +412,16 @@ uint64_t qpc_pager_serve_queue(struct qpc_pager *p)
             wake(p, p->blocks[i].is.address, p->blocks[i].is.length);
     }
     for (uint32_t i = 0; i < p->queue_count; i++) {
-        uint64_t due = p->queue[(p->queue_head + i) % QPC_PAGER_QUEUE_LENGTH].due_ns;
+        const struct fault *fault = &p->queue[(p->queue_head + i) % QPC_PAGER_QUEUE_LENGTH];
 
-        if (!next || due < next)
-            next = due ? due : 1;
+        if (!next || fault->due_ns < next)
+            next = fault->due_ns ? fault->due_ns : 1;
+        failed += fault->failed;
     }
+    tell_failing(p, failed);
     return next;
 }
+
 /* --- the background -------------------------------------------------------------------------- */
 
 /* The next data page that is missing, from the cursor on and round; -1 if there is none. */

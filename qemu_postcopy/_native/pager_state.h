@@ -44,7 +44,8 @@ struct fault {
     uint64_t read_ns;
     uint64_t due_ns; /* 0 = now */
     uint32_t block;
-    uint32_t attempts;
+    uint16_t attempts;
+    uint16_t failed; /* source or memory could not be had, rather than an event being first */
 };
 
 struct qpc_pager {
@@ -63,7 +64,6 @@ struct qpc_pager {
     uint32_t queue_head;
     uint32_t queue_count;
     int faults_dropped;  /* the ring was full: a wake-up of everything makes them come again */
-    int failing;         /* the last attempt at the source or at memory failed */
 
     uint64_t background_block;
     uint64_t background_tokens;
@@ -90,7 +90,7 @@ struct qpc_pager {
         _Atomic uint64_t state, faults, faults_waiting, pages_total, pages_data, pages_data_missing,
             pages_demand, pages_background, pages_zero, pages_removed, bytes_read, already_present,
             retries, events_remove, events_unmap, events_other, wakes, source_errors, fill_errors,
-            last_error, last_error_block, last_error_page, spins_hit, spins_missed, started_ns,
+            last_error, last_error_block, last_error_page, failing, spins_hit, spins_missed, started_ns,
             first_fault_ns, last_fault_ns, complete_ns, latency_us[24];
         _Atomic uint32_t timeline[2048];
     } statistics;

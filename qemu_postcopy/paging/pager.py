@@ -81,6 +81,7 @@ class Statistics:
     last_error: int
     last_error_block: int
     last_error_page: int
+    failing: int
     spins_hit: int
     spins_missed: int
     started_ns: int
