@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: cffi compiles the C core, and two packages lie elsewhere.
 
-``qemu_postcopy.images`` is the directory vm-images and ``qemu_postcopy.baseline`` is tests/bench, so
-that their place in the tree tells what they are for, and the wheel has them all the same.
+``qemu_postcopy.images`` is the directory vm-images, ``qemu_postcopy.baseline`` is tests/bench: so
+their place in the tree tells what they are for, and the wheel has them all the same.
 """
 
 from setuptools import find_packages, setup

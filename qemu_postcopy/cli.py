@@ -49,22 +49,28 @@ class LazyGroup(click.Group):
             formatter.write_dl(sorted(rows.items()))
 
 
-class Size(click.ParamType):
-    """Bytes: 65536, 64K, 64KiB, 2M, 1G."""
+def parse_size(text: str) -> int:
+    """Bytes of 65536, 64K, 64KiB, 2M, 1G.
 
-    name = "size"
+    Raises:
+        ValueError: it is none of these.
+    """
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(number[-1:], 0)
+    digits = number[:-1] if shift else number
+    if not digits.isascii() or not digits.isdigit():
+        raise ValueError(f"{text!r} is not a size; examples: 65536, 64K, 2MiB")
+    return int(digits) << shift
 
-    def convert(
-        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
-    ) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
-        shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:], 0)
-        digits = text[:-1] if shift else text
-        if not digits.isdigit():
-            self.fail(f"{value!r} is not a size; examples: 65536, 64K, 2MiB", parameter, context)
-        return int(digits) << shift
+
+def size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Callback of an option that takes bytes."""
+    if value is None:
+        return None
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
 
 
 class JsonLog(logging.Formatter):
@@ -130,9 +136,7 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
     "writes faster than the disk never gets there: interrupt, and it runs on unharmed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
-def snapshot(
-    qmp: Path, image: Path, then: str, max_downtime: int | None, as_json: bool
-) -> None:
+def snapshot(qmp: Path, image: Path, then: str, max_downtime: int | None, as_json: bool) -> None:
     """Save the guest behind the monitor socket QMP into the directory IMAGE.
 
     The guest stops while its memory is written and then goes on as before. Interrupting (Ctrl-C)
@@ -164,7 +168,9 @@ def snapshot(
 
 SERVING_OPTIONS = [
     click.option("--name", help="The guest's name; default: the image's."),
-    click.option("--chunk", type=Size(), help="Bytes filled around a fault, 4K to 2M."),
+    click.option(
+        "--chunk", callback=size, metavar="SIZE", help="Bytes filled around a fault, 4K to 2M."
+    ),
     click.option(
         "--background/--no-background",
         default=True,
@@ -172,7 +178,11 @@ SERVING_OPTIONS = [
         help="Fill what nobody asks for while the guest runs, then detach.",
     ),
     click.option(
-        "--rate", type=Size(), default=0, help="Limit of that, bytes per second; 0: none."
+        "--rate",
+        callback=size,
+        default="0",
+        metavar="SIZE",
+        help="Limit of that, bytes per second; 0: none.",
     ),
     click.option("--paused", is_flag=True, help="Leave the guest stopped (`cont` lets it run)."),
     click.option("--verify", is_flag=True, help="Check the whole image first (reads all of it)."),
@@ -329,7 +339,9 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
 
 @commands.command()
 @click.argument("name")
-@click.option("--rate", type=Size(), default=0, help="Bytes per second; 0: no limit.")
+@click.option(
+    "--rate", callback=size, default="0", metavar="SIZE", help="Bytes per second; 0: no limit."
+)
 @click.option("--off", is_flag=True, help="Fill on demand only.")
 def fill(name: str, rate: int, off: bool) -> None:
     """Change how the guest NAME is filled in the background.

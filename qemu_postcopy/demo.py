@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from qemu_postcopy.cli import size
 from qemu_postcopy.errors import ContentError, HostError, PostcopyError, SidecarError
 from qemu_postcopy.image.convert import export
 from qemu_postcopy.image.image import Image
@@ -157,9 +158,7 @@ class Demo:
                 await (await qemu.connect()).close()
                 await self.until(console, qemu, verdict, lambda: bool(verdict.last), FILL_SECONDS)
                 self.say("snapshotting it while it verifies and rewrites, then ending it")
-                await snapshot(
-                    SnapshotOptions(qmp=qemu.qmp_path, image=self.image, then="stop")
-                )
+                await snapshot(SnapshotOptions(qmp=qemu.qmp_path, image=self.image, then="stop"))
             finally:
                 qemu.kill()
                 qemu.close()
@@ -174,6 +173,7 @@ class Demo:
             words = restore_arguments(list(image.manifest.launch["argv"]), image.manifest.machine)
             words[words.index("defer")] = f"fd:{file.fileno()}"
             words.remove("-S")
+            read_bytes = os.fstat(file.fileno()).st_size
             began = time.monotonic_ns()
             qemu = launch(words, self.directory / "eager", pass_descriptors=[file.fileno()])
             try:
@@ -186,7 +186,7 @@ class Demo:
             (console.first_line_ns - began) / 1e9,
             None,
             0,
-            stream.stat().st_size,
+            read_bytes,
             verdict.passes_since_first(),
             _ticks(verdict),
         )
@@ -195,7 +195,16 @@ class Demo:
         """The command that a user types, in a run directory of our own."""
         verdict = Verdict()
         environment = {**os.environ, "QEMU_POSTCOPY_RUN_DIR": str(self.directory / "run")}
-        words = [sys.executable, "-m", "qemu_postcopy", "restore", "--json", "--wait", "complete"]
+        words = [
+            sys.executable,
+            "-P",
+            "-m",
+            "qemu_postcopy",
+            "restore",
+            "--json",
+            "--wait",
+            "complete",
+        ]
         with self.console(verdict, "lazy") as console:
             began = time.monotonic_ns()
             command = await asyncio.create_subprocess_exec(
@@ -295,13 +304,13 @@ class QemuHandle:
     async def wait_exit(self) -> int:
         """Returns when it has ended; the status is its parent's to know."""
         loop = asyncio.get_running_loop()
-        ended = loop.create_future()
-        loop.add_reader(self._identity.pidfd, lambda: ended.done() or ended.set_result(0))
+        ended = asyncio.Event()
+        loop.add_reader(self._identity.pidfd, ended.set)
         try:
-            status: int = await ended
-            return status
+            await ended.wait()
         finally:
             loop.remove_reader(self._identity.pidfd)
+        return 0
 
     def __enter__(self) -> QemuHandle:
         return self
@@ -368,11 +377,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 @click.command("demo")
-@click.option("--memory", default="512M", show_default=True, help="What the guest fills.")
+@click.option(
+    "--memory", callback=size, default="512M", show_default=True, help="What the guest fills."
+)
 @click.option("--qemu", default="", help="QEMU binary; default: this architecture's.")
 @click.option("--keep", is_flag=True, help="Keep the working directory (image, consoles, logs).")
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
-def demo_command(memory: str, qemu: str, keep: bool, as_json: bool) -> None:
+def demo_command(memory: int, qemu: str, keep: bool, as_json: bool) -> None:
     """Snapshot a real guest and resume it, eagerly and lazily, its memory verified.
 
     The exit status is 0 only if the guest went on in both ways and found no wrong word.
@@ -382,10 +393,7 @@ def demo_command(memory: str, qemu: str, keep: bool, as_json: bool) -> None:
       qemu-postcopy demo
       qemu-postcopy demo --memory 2G --keep
     """
-    from qemu_postcopy.cli import Size
-
-    size: int = Size().convert(memory, None, None)
-    if not 16 << 20 <= size <= 1 << 40:
+    if not 16 << 20 <= memory <= 1 << 40:
         raise click.BadParameter("from 16M to 1T", param_hint="--memory")
     binary = qemu or f"qemu-system-{os.uname().machine}"
     if shutil.which(binary) is None:
@@ -399,7 +407,7 @@ def demo_command(memory: str, qemu: str, keep: bool, as_json: bool) -> None:
         click.echo(f"[{time.monotonic() - began:5.1f} s] {text}", err=True)
 
     try:
-        result = asyncio.run(Demo(directory, size, binary, say).run())
+        result = asyncio.run(Demo(directory, memory, binary, say).run())
     except PostcopyError:
         keep = True
         raise

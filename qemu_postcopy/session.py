@@ -161,8 +161,8 @@ class Session:
         self.identity = self._owned.identity
         self._prepare()
         self._qmp = await self._owned.connect()
-        # Opening the descriptor stops one helper thread of QEMU's, so QEMU can answer meanwhile. The
-        # thread that does it ends here: rights are dropped thread by thread.
+        # Opening the descriptor stops one helper thread of QEMU's, so QEMU can answer meanwhile.
+        # Our thread that does it ends here: rights are dropped thread by thread.
         with ThreadPoolExecutor(1) as executor:
             taking = asyncio.get_running_loop().run_in_executor(executor, self._take_userfaultfd)
             try:

@@ -72,7 +72,9 @@ class SnapshotResult:
         return {**asdict(self), "image": str(self.image)}
 
 
-async def snapshot(options: SnapshotOptions, progress: ByteProgress | None = None) -> SnapshotResult:
+async def snapshot(
+    options: SnapshotOptions, progress: ByteProgress | None = None
+) -> SnapshotResult:
     """Saves a guest.  Cancelling the task is safe at any point: the guest runs on.
 
     Raises:
@@ -174,7 +176,8 @@ async def _describe(qmp: Qmp) -> dict[str, Any]:
         argv = identity.cmdline()
         pid = identity.pid
     run_directory = next(
-        (str(Path(part).parent) for part in _monitor_paths(argv) if part.endswith("/qmp.sock")), None
+        (str(Path(part).parent) for part in _monitor_paths(argv) if part.endswith("/qmp.sock")),
+        None,
     )
     name = (await qmp.execute("query-name")).get("name")
     return {

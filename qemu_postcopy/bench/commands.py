@@ -155,3 +155,81 @@ def faults_command(
         say=say,
     )
     show(bench.run(), as_json)
+
+
+def memory_mib(text: str) -> int:
+    """MiB of filled memory: 256M, 1G, 8GiB."""
+    digits = text.upper().removesuffix("IB").removesuffix("B")
+    shift = {"M": 0, "G": 10}.get(digits[-1:])
+    if shift is None or not digits[:-1].isdigit() or not 16 <= int(digits[:-1]) << shift <= 1 << 20:
+        raise ValueError(f"{text!r} is not a memory size from 16M to 1T; examples: 256M, 4GiB")
+    return int(digits[:-1]) << shift
+
+
+@bench_commands.command("restore")
+@click.option(
+    "--sizes",
+    callback=listed(memory_mib),
+    default="256M,1G,4G,8G",
+    show_default=True,
+    help="Memory that the guest has filled.",
+)
+@click.option(
+    "--eager-up-to",
+    callback=listed(memory_mib),
+    default="4G",
+    show_default=True,
+    help="Largest size for the eager ways (each needs a copy of the memory on disk).",
+)
+@click.option(
+    "--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds of each."
+)
+@click.option("--qemu", default="", help="QEMU binary; default: this architecture's.")
+@click.option(
+    "--chunk", callback=lambda _c, _p, v: chunk_size(v) if v else None, help="Bytes around a fault."
+)
+@click.option("--background/--no-background", default=True, show_default=True)
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default="/var/tmp",
+    show_default=True,
+    help="Where images and streams are put for the time being: three times the largest eager size.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def restore_command(
+    sizes: tuple[int, ...],
+    eager_up_to: tuple[int, ...],
+    runs: int,
+    qemu: str,
+    chunk: int | None,
+    background: bool,
+    directory: Path,
+    as_json: bool,
+) -> None:
+    """Resume guests: lazily, eagerly by stock QEMU, and by the kernel's private mapping.
+
+    Measured is the time from the start of QEMU (or of our command) to the guest's first whole line
+    of output, with a warm page cache.
+
+    \b
+    Examples:
+      qemu-postcopy bench restore
+      qemu-postcopy bench restore --sizes 256M,1G --runs 9 --json
+    """
+    import asyncio
+    import os
+
+    from qemu_postcopy.bench.restore import RestoreBench
+
+    bench = RestoreBench(
+        sizes_mib=sizes,
+        runs=runs,
+        directory=directory,
+        qemu=qemu or f"qemu-system-{os.uname().machine}",
+        eager_mib=max(eager_up_to),
+        background=background,
+        chunk_size=chunk,
+        say=say,
+    )
+    show(asyncio.run(bench.run()), as_json)

@@ -2,8 +2,9 @@
 
 For each size a guest is booted, fills its memory, and is snapshotted once; then the ways take turns,
 so that a machine whose speed drifts treats all alike.  Measured is the time from the start of QEMU
-(or of the command) to the first whole line on the guest's console (a guest that was stopped in the middle of one
-finishes it from the device's buffer, with no instruction run); the page cache is warm.
+(or of the command) to the first whole line on the guest's console, with a warm page cache.  A guest
+that was stopped in the middle of a line ends that one from the device's buffer, with no instruction
+run, so it does not count.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
+from qemu_postcopy.bench.report import Ratio, Report, Result, describe_host
 from qemu_postcopy.errors import GuestEndedError, HostError
 from qemu_postcopy.image.convert import export
 from qemu_postcopy.image.device_state import open_device_state
@@ -44,6 +47,8 @@ SETTLE_SECONDS = 0.3
 OURS = "lazy"
 COMMAND = "lazy, from the command"
 PRIVATE = "kernel private mapping"
+Times = dict[tuple[str, int], list[float]]
+
 PLAIN = "eager, plain stream"
 MAPPED = "eager, mapped-ram"
 
@@ -64,10 +69,16 @@ class RestoreBench:
     chunk_size: int | None = None
     say: Callable[[str], None] = field(default=lambda text: None)
 
-    async def run(self) -> dict[tuple[str, int], list[float]]:
-        """Seconds of each run, by way and size, in the order of the rounds."""
+    async def run(self) -> Report:
+        """All sizes; times in milliseconds, ratios round by round.
+
+        Raises:
+            PostcopyError: a guest could not be resumed by one of the ways.
+        """
+        if shutil.which(self.qemu) is None:
+            raise HostError(f"{self.qemu} is not installed", hint="run: qemu-postcopy doctor")
         guest = await asyncio.to_thread(build)
-        times: dict[tuple[str, int], list[float]] = {}
+        times: Times = {}
         for size in self.sizes_mib:
             place = self.directory / f"bench-{size}"
             shutil.rmtree(place, ignore_errors=True)
@@ -76,9 +87,35 @@ class RestoreBench:
                 await self._measure(_Guest(self, guest, size, place), times)
             finally:
                 shutil.rmtree(place)
-        return times
+        return self._report(times)
 
-    async def _measure(self, guest: _Guest, times: dict[tuple[str, int], list[float]]) -> None:
+    def _report(self, times: Times) -> Report:
+        report = Report("restore", describe_host())
+        report.notes.append(
+            "from the start of QEMU (or of the command) to the guest's first whole line"
+        )
+        for (way, size), values in sorted(times.items(), key=lambda entry: entry[0][1]):
+            report.results.append(Result(f"{way}, {size} MiB", "ms", [1000 * v for v in values]))
+        for (way, size), values in sorted(times.items(), key=lambda entry: entry[0][1]):
+            if way != OURS:
+                ours = times[OURS, size]
+                name = f"lazy to {way}, {size} MiB"
+                report.ratios.append(Ratio.by_round(name, OURS, way, ours, values))
+        smallest, largest = min(self.sizes_mib), max(self.sizes_mib)
+        if smallest != largest:
+            report.ratios.append(
+                Ratio.by_round(
+                    f"lazy, {largest} MiB to {smallest} MiB",
+                    f"{largest} MiB",
+                    f"{smallest} MiB",
+                    # Sizes do not take turns: the medians are compared.
+                    [median(times[OURS, largest])],
+                    [median(times[OURS, smallest])],
+                )
+            )
+        return report
+
+    async def _measure(self, guest: _Guest, times: Times) -> None:
         self.say(f"{guest.size_mib} MiB: booting, filling, snapshotting")
         version = await guest.prepare()
         ways: dict[str, Callable[[], Awaitable[float]]] = {
@@ -242,7 +279,7 @@ class _Guest:
     async def resume_by_command(self) -> float:
         """`qemu-postcopy restore`, measured from its start."""
         base = self._directory / "run"
-        words = [sys.executable, "-m", "qemu_postcopy", "restore", "--name", "bench"]
+        words = [sys.executable, "-P", "-m", "qemu_postcopy", "restore", "--name", "bench"]
         if self._bench.chunk_size:
             words += ["--chunk", str(self._bench.chunk_size)]
         if not self._bench.background:

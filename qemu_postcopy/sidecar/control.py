@@ -91,7 +91,12 @@ class ControlServer:
 
 
 def _refusal(error: PostcopyError) -> dict[str, Any]:
-    return {"ok": False, "error": type(error).__name__, "message": error.message, "hint": error.hint}
+    return {
+        "ok": False,
+        "error": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+    }
 
 
 def ask(path: Path, command: str, **arguments: Any) -> dict[str, Any]:
@@ -115,7 +120,7 @@ def ask(path: Path, command: str, **arguments: Any) -> dict[str, Any]:
     except OSError as error:
         raise SidecarError(
             f"no sidecar answers at {path}: {error}",
-            hint="it may have finished (see `qemu-postcopy status`) or died (see sidecar.log there)",
+            hint="it may have finished (`qemu-postcopy status` tells) or died (see its log there)",
         ) from error
     try:
         answer = json.loads(line)

@@ -48,7 +48,8 @@ class Sidecar:
             yield event
         if not ended:
             raise errors.SidecarError(
-                f"the sidecar (PID {self.pid}) died", hint="its log in the run directory may say why"
+                f"the sidecar (PID {self.pid}) died",
+                hint="its log in the run directory may say why",
             )
 
 

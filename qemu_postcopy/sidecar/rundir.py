@@ -209,9 +209,10 @@ def _check_owner(path: Path) -> None:
     if found.st_uid != os.geteuid():
         raise HostError(
             f"{path} belongs to user {found.st_uid}, not to you ({os.geteuid()})",
-            hint="what is in it is not to be trusted: choose another place by QEMU_POSTCOPY_RUN_DIR",
+            hint="what is in it cannot be trusted: choose another place by QEMU_POSTCOPY_RUN_DIR",
         )
     if found.st_mode & 0o022:
         raise HostError(
-            f"{path} can be written by others", hint=f"run: chmod go-w {path}, and look what is in it"
+            f"{path} can be written by others",
+            hint=f"run: chmod go-w {path}, and look what is in it",
         )

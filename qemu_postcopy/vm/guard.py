@@ -41,7 +41,7 @@ class Guard:
     def __enter__(self) -> Self:
         read_end, self._pipe = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._qmp_path.resolve())],
+            [sys.executable, "-P", "-m", __name__, str(self._qmp_path.resolve())],
             stdin=read_end,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

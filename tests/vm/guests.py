@@ -314,7 +314,12 @@ class Lab:
         return guest
 
     def boot(
-        self, guest_image: GuestImage, qemu: Path, kind: MemoryKind = "memfd", fill_mib: int = 64
+        self,
+        guest_image: GuestImage,
+        qemu: Path,
+        kind: MemoryKind = "memfd",
+        fill_mib: int = 64,
+        *extra: str,
     ) -> Guest:
         """The memory checker, so far that it has verified for some ticks."""
         spec = VmSpec(
@@ -325,7 +330,7 @@ class Lab:
             append=guest_image.kernel_command_line(
                 "check", fill_mib=fill_mib, zero_percent=10, tick_ms=TICK_MS
             ),
-            extra_arguments=("-no-reboot",),
+            extra_arguments=("-no-reboot", *extra),
         )
         guest = self.launch(spec)
         wait_until(lambda: guest.console.ready, "the guest has filled its memory", 240)
@@ -402,12 +407,15 @@ class SharedSnapshots:
             guest.kill()
         return self._made[key]
 
-    def bare(self, lab: Lab, qemu: Path, size_bytes: int = 64 * MIB) -> Snapshot:
+    def bare(self, lab: Lab, qemu: Path, *extra: str, **spec_values: Any) -> Snapshot:
         """Of a machine with no guest in it yet, which takes no time; memfd, 64 MiB."""
-        key = (qemu, size_bytes)
+        key = (qemu, extra, *sorted(spec_values.items()))
         if key not in self._made:
             spec = VmSpec(
-                str(qemu), memory=(lab.memory("memfd", size_bytes),), extra_arguments=("-S",)
+                str(qemu),
+                memory=(lab.memory("memfd", 64 * MIB),),
+                extra_arguments=("-S", *extra),
+                **spec_values,
             )
             machine = lab.launch(spec)
             self._made[key] = take_snapshot(machine, self._path(), qemu, "memfd")
