@@ -255,10 +255,6 @@ static uint64_t pages_per_chunk(const struct qpc_pager *p, const struct block *b
 }
 
 /*
- * Fills the chunk around a missing page, as far as it is of the same kind. Where the guest gave
- * pages back, it gets the one that it asks for and no more.
- */
-/*
  * The rest of a chunk whose faulting page was just filled. Nobody is known to wait for it: what
  * fails is left to a fault of its own.
  */
@@ -272,6 +268,10 @@ static void fill_around(struct qpc_pager *p, struct block *b, uint64_t page, uin
         copy_run(p, b, first, page, &p->statistics.pages_demand);
 }
 
+/*
+ * Fills the chunk around a missing page, as far as it is of the same kind. Where the guest gave
+ * pages back, it gets the one that it asks for and no more.
+ */
 static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
 {
     uint64_t chunk_pages = pages_per_chunk(p, b);

@@ -8,12 +8,14 @@ be called from any thread, but not two at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from qemu_postcopy._native import check, ffi, lib, new_error, raise_error
+from qemu_postcopy.errors import UsageError
 from qemu_postcopy.paging.ledger import Ledger
 
 #: Bytes filled around a fault unless told otherwise; `qemu-postcopy bench restore` chose it.
@@ -132,33 +134,43 @@ class Pager:
         spin_limit_us: int = DEFAULT_SPIN_LIMIT_US,
     ) -> None:
         self.blocks = list(blocks)
-        self._buffers: list[Any] = []
         structs = ffi.new("struct qpc_pager_block[]", len(self.blocks))
-        states = ffi.from_buffer("uint8_t[]", ledger.mapping, require_writable=True)
-        self._buffers.append(states)
-        for struct, block in zip(structs, self.blocks, strict=True):
-            bitmap = ffi.from_buffer("uint8_t[]", block.data_bitmap)
-            self._buffers.append(bitmap)
-            if len(bitmap) * 8 < block.length // block.page_size:
-                raise ValueError(f"the bitmap of block {block.name} is too short")
-            struct.address = block.address
-            struct.length = block.length
-            struct.page_size = block.page_size
-            struct.source_fd = block.source_fd
-            struct.source_offset = block.source_offset
-            struct.data_bitmap = bitmap
-            struct.ledger = states + ledger.block(block.name).offset
         options = ffi.new("struct qpc_pager_options *")
-        options.userfaultfd = userfaultfd
-        options.chunk_size = chunk_size
-        options.background = background
-        options.background_rate = background_rate
-        options.spin_limit_us = spin_limit_us
-        options.journal = states + ledger.journal_offset
-        error = new_error()
-        self._pager = lib.qpc_pager_create(options, structs, len(self.blocks), error)
-        if self._pager == ffi.NULL:
-            raise_error(error)
+        with ExitStack() as buffers:
+            states = ffi.from_buffer("uint8_t[]", ledger.mapping, require_writable=True)
+            buffers.callback(ffi.release, states)
+            for struct, block in zip(structs, self.blocks, strict=True):
+                bitmap = ffi.from_buffer("uint8_t[]", block.data_bitmap)
+                buffers.callback(ffi.release, bitmap)
+                entry = ledger.block(block.name)
+                if (entry.page_size, entry.length) != (block.page_size, block.length):
+                    raise UsageError(
+                        f"the ledger {ledger.path} has block {block.name} with other sizes",
+                        hint="a ledger belongs to one guest; give each its own run directory",
+                    )
+                if len(bitmap) * 8 < entry.page_count:
+                    raise UsageError(
+                        f"the bitmap of block {block.name} is too short: {len(bitmap)} bytes",
+                        hint="it has one bit for each page of the block",
+                    )
+                struct.address = block.address
+                struct.length = block.length
+                struct.page_size = block.page_size
+                struct.source_fd = block.source_fd
+                struct.source_offset = block.source_offset
+                struct.data_bitmap = bitmap
+                struct.ledger = states + entry.offset
+            options.userfaultfd = userfaultfd
+            options.chunk_size = chunk_size
+            options.background = background
+            options.background_rate = background_rate
+            options.spin_limit_us = spin_limit_us
+            options.journal = states + ledger.journal_offset
+            error = new_error()
+            self._pager = lib.qpc_pager_create(options, structs, len(self.blocks), error)
+            if self._pager == ffi.NULL:
+                raise_error(error)
+            self._buffers = buffers.pop_all()
         self._last: Statistics | None = None
 
     def start(self) -> None:
@@ -177,9 +189,7 @@ class Pager:
             self._last = self.statistics()
             lib.qpc_pager_destroy(self._pager)
             self._pager = ffi.NULL
-            for buffer in self._buffers:
-                ffi.release(buffer)
-            self._buffers.clear()
+            self._buffers.close()
 
     def set_background(self, enabled: bool, rate: int = 0) -> None:
         """Turns filling in the background on or off; ``rate`` in bytes per second, 0 = no limit."""
