@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qemu_postcopy.errors import MismatchError, UsageError
+from qemu_postcopy.errors import MismatchError, StateError, UsageError
 from qemu_postcopy.image.stream import Demultiplexer, StreamSummary
 from qemu_postcopy.image.writer import ImageWriter
 from qemu_postcopy.progress import ByteProgress
@@ -82,6 +82,7 @@ async def snapshot(
         MismatchError: a guest whose memory cannot be paged (VFIO, encrypted).
         HostError: disk full, or no right to write there.
         UsageError: the image exists already; an unknown ``then``.
+        StateError: the guest stands still since an earlier snapshot.
     """
     if options.then not in THEN:
         raise UsageError(f"then={options.then!r} is unknown", hint=f"one of {', '.join(THEN)}")
@@ -89,6 +90,13 @@ async def snapshot(
     with ImageWriter(options.image) as writer:
         async with await Qmp.connect(options.qmp) as qmp:
             before = await qmp.status()
+            if before == "postmigrate":
+                # QEMU refuses to migrate from this state (migration/migration.c, migrate_prepare).
+                raise StateError(
+                    "the guest stands still since an earlier snapshot or migration (postmigrate), "
+                    "and QEMU does not save it from that state",
+                    hint="let it run first: cont in its monitor",
+                )
             described = await _describe(qmp)
             page_sizes = await _lazy_blocks(qmp)
             goes_on = options.then == "run" or (options.then == "as-before" and before == "running")
