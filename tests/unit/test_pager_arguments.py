@@ -60,6 +60,7 @@ def test_no_block_at_all(ledger: Ledger) -> None:
 
 def test_a_refused_pager_leaves_the_ledger_free(run_dir: Path) -> None:
     with Ledger.create(run_dir / "ledger", [LedgerBlock("m0", 4096, PAGES * 4096)]) as ledger:
-        refused = pytest.raises(UsageError, Pager, 0, [BLOCK], ledger, chunk_size=1)
-        ledger.close()
-    assert "chunk size" in str(refused.value)
+        with pytest.raises(UsageError, match="chunk size") as refused:
+            Pager(0, [BLOCK], ledger, chunk_size=1)
+        ledger.close()  # while the exception still refers to the constructor
+    assert refused.value.hint is not None
