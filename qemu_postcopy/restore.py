@@ -134,6 +134,9 @@ def command_line(manifest: Any, options: RestoreOptions, run: RunDirectory) -> l
         if not all(isinstance(part, str) for part in argv):
             raise MismatchError("the recorded command line is damaged")
     argv = restore_arguments(argv, manifest.machine)
+    if not options.paused:
+        # QEMU itself lets the guest run as soon as its state is loaded.
+        argv.remove("-S")
     if options.qemu is not None:
         argv[0] = options.qemu
     argv += options.extra_arguments

@@ -272,10 +272,12 @@ class Session:
         self._enter(State.LOADED)
 
     async def resume(self) -> None:
-        """Lets the guest run; from now on the background fills, if it may."""
+        """Lets the guest run, if QEMU has not done so by itself (without -S)."""
+        from qemu_postcopy.vm import migration
+
         self._require(State.RUNNING)
         assert self._qmp is not None
-        await self._qmp.execute("cont")
+        await migration.let_run(self._qmp)
         self._enter(State.RUNNING)
 
     async def release_monitor(self) -> None:

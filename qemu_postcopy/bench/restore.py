@@ -44,6 +44,9 @@ MAPPED_RAM_VERSION = (9, 0)
 #: Freeing the memory of a guest that was just killed goes on for a while.
 SETTLE_SECONDS = 0.3
 
+#: How often the guest speaks: the resolution of what is measured.
+TICK_MS = 2
+
 OURS = "lazy"
 COMMAND = "lazy, from the command"
 PRIVATE = "kernel private mapping"
@@ -172,7 +175,7 @@ class _Guest:
             kernel=str(self._guest.kernel),
             initrd=str(self._guest.initramfs),
             append=self._guest.kernel_command_line(
-                "check", fill_mib=self.size_mib, zero_percent=0, tick_ms=10
+                "check", fill_mib=self.size_mib, zero_percent=0, tick_ms=TICK_MS
             ),
             serial=str(self._fifo),
         )

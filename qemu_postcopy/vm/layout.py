@@ -135,8 +135,8 @@ async def read_layout(qmp: Qmp, identity: ProcessIdentity) -> list[RamBlock]:
     the memory is of a kind that cannot be paged.
     """
     # Asked all at once: QEMU answers in order, and each answer alone costs a round trip.
-    memdevs, ramblocks, flat_view = await asyncio.gather(
-        qmp.memory_backends(), qmp.human("info ramblock"), qmp.human("info mtree -f")
+    memdevs, ramblocks, first_page = await asyncio.gather(
+        qmp.memory_backends(), qmp.human("info ramblock"), qmp.human("gpa2hva 0")
     )
     backends = {entry["id"]: entry for entry in memdevs}
     listed = {block.name: block for block in parse_ramblocks(ramblocks)}
@@ -154,12 +154,28 @@ async def read_layout(qmp: Qmp, identity: ProcessIdentity) -> list[RamBlock]:
             )
         address = block.address
         if address is None:
+            address = _begins_at(first_page, block, mappings)
+        if address is None:
             if ranges is None:
-                ranges = parse_flat_view(flat_view)
+                ranges = parse_flat_view(await qmp.human("info mtree -f"))
             address = await _address_of(qmp, block, ranges)
         blocks.append(_describe(block, backend_id, address, mappings, identity))
     _refuse_overlap(blocks)
     return sorted(blocks, key=lambda block: block.name)
+
+
+def _begins_at(first_page: str, block: ListedBlock, mappings: Iterable[Mapping]) -> int | None:
+    """The block's address if the guest's first page is its first: so it is where a mapping of
+    QEMU's begins there (`gpa2hva 0` tells where that page lies, not where in the block)."""
+    match = HOST_ADDRESS.fullmatch(first_page)
+    if match is None or match[1] != block.name:
+        return None
+    address = int(match[2], 16)
+    whole = any(
+        mapping.start == address and mapping.end - address == block.size_bytes
+        for mapping in mappings
+    )
+    return address if whole else None
 
 
 async def _address_of(qmp: Qmp, block: ListedBlock, ranges: Iterable[FlatRange]) -> int:

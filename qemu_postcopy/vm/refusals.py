@@ -16,7 +16,7 @@ PINNED = (
     "unplug it before the snapshot and plug it in again after the restore"
 )
 #: Prefixes of QOM types whose devices are served by another process that maps guest memory.
-SHARING_TYPES = ("vhost-user-",)
+SHARING_TYPES = ("vhost-user-", "x-pci-proxy-dev")
 SHARED = (
     "its back-end process maps guest memory too, and would read zeros where a page is missing: "
     "unplug it before the snapshot and plug it in again when the guest has all of its memory"
@@ -27,12 +27,11 @@ ENCRYPTED = "the guest's memory is encrypted: only the guest itself can fill it"
 async def refusals(qmp: Qmp) -> list[str]:
     """Why this guest's memory cannot be paged on demand, a sentence each; empty if it can."""
     # Asked all at once: QEMU answers in order, and each answer alone costs a round trip.
-    plugged, built_in, network, guard, sev = await asyncio.gather(
+    plugged, built_in, network, guard = await asyncio.gather(
         qmp.execute("qom-list", {"path": "/machine/peripheral"}),
         qmp.execute("qom-list", {"path": "/machine/peripheral-anon"}),
         qmp.human("info network"),
         _confidential_guest_support(qmp),
-        _sev_enabled(qmp),
     )
     reasons = []
     for entry in [*plugged, *built_in]:
@@ -48,13 +47,14 @@ async def refusals(qmp: Qmp) -> list[str]:
         reasons.append(f"a vhost-user network back-end: {SHARED}")
     if guard:
         reasons.append(f"confidential guest ({guard}): {ENCRYPTED}")
-    elif sev:
-        reasons.append(f"confidential guest (SEV): {ENCRYPTED}")
     return reasons
 
 
 async def _confidential_guest_support(qmp: Qmp) -> str:
-    """The type of the machine's guard object (`sev-guest`, `tdx-guest`), or ''."""
+    """The type of the machine's guard object (`sev-guest`, `tdx-guest`), or ''.
+
+    Every encrypted guest has one since QEMU 6.0; `memory-encryption=` is another word for it.
+    """
     try:
         path = await qmp.execute(
             "qom-get", {"path": "/machine", "property": "confidential-guest-support"}
@@ -65,10 +65,3 @@ async def _confidential_guest_support(qmp: Qmp) -> str:
         return ""
     kind: str = await qmp.execute("qom-get", {"path": path, "property": "type"})
     return kind
-
-
-async def _sev_enabled(qmp: Qmp) -> bool:
-    try:
-        return bool((await qmp.execute("query-sev"))["enabled"])
-    except CommandError:
-        return False  # no such command on this architecture, or built without SEV

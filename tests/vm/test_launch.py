@@ -250,8 +250,8 @@ def test_restore_arguments_of_a_running_qemu_start_one_that_waits(
     asyncio.run(talk())
 
 
-def test_vfio_like_devices_and_none_else_are_refused() -> None:
-    """No VFIO device can be had on every host, so the answers of a QEMU that has one are played."""
+def test_devices_that_pin_or_share_memory_are_refused_and_no_others() -> None:
+    """No VFIO device can be had on every host, so the answers of a QEMU with such are played."""
 
     class Played:
         async def execute(self, command: str, arguments: dict[str, str] | None = None) -> object:
@@ -262,21 +262,22 @@ def test_vfio_like_devices_and_none_else_are_refused() -> None:
                         {"name": "type", "type": "string"},
                         {"name": "net0", "type": "child<virtio-net-pci>"},
                         {"name": "gpu0", "type": "child<vfio-pci>"},
+                        {"name": "fs0", "type": "child<vhost-user-fs-pci>"},
                     ]
                 return []
             if command == "qom-get":
                 if arguments["property"] == "confidential-guest-support":
                     return "/objects/sev0"
                 return "sev-guest"
-            if command == "query-sev":
-                return {"enabled": False}
             raise AssertionError(command)
 
         async def human(self, command_line: str) -> str:
-            return "vdpa0: index=0,type=vhost-vdpa,"
+            return "vdpa0: index=0,type=vhost-vdpa,\r\nnet1: index=0,type=vhost-user,"
 
     reasons = asyncio.run(refusals(Played()))  # type: ignore[arg-type]
-    assert len(reasons) == 3
+    assert len(reasons) == 5
     assert "gpu0 (vfio-pci)" in reasons[0]
-    assert "vhost-vdpa" in reasons[1]
-    assert "sev-guest" in reasons[2]
+    assert "fs0 (vhost-user-fs-pci)" in reasons[1]
+    assert "vhost-vdpa network" in reasons[2]
+    assert "vhost-user network" in reasons[3]
+    assert "sev-guest" in reasons[4]
