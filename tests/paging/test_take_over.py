@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from paging.mapper_process import Mapper, wait_until
-from paging.served_guest import SOURCE_OFFSET, Image, is_hole
+from paging.served_guest import SOURCE_OFFSET, Image, ServedGuest, is_hole
 
 from qemu_postcopy.paging import registration
 from qemu_postcopy.paging.ledger import Ledger
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.needs("uffd", "cc")
 
 PAGES = 1100
 PAGE_BYTES = 4096
+#: struct uffd_msg of linux/userfaultfd.h: event, start, end
+UFFD_MSG = struct.Struct("=B7xQQ8x")
+UFFD_EVENT_REMOVE = 0x15
 
 
 class KilledServer:
@@ -131,6 +135,25 @@ def test_a_fault_that_the_killed_process_had_read_is_answered(killed_server: Kil
     image.grow_back()
     killed_server.take_over(background=False)
     assert mapper.result(reader).to_bytes(8, "little") == image.expected[1000][:8]
+
+
+def test_a_removal_that_was_read_and_not_recorded_is_made_up_for(
+    mapper_binary: Path, run_dir: Path
+) -> None:
+    # The mapper runs on from the moment of the read, so its reader may die before the next step.
+    with ServedGuest(mapper_binary, run_dir, start=False, holes=lambda page: False) as guest:
+        guest.pager.close()
+        UFFD_MSG.pack_into(
+            guest.ledger.mapping,
+            guest.ledger.journal_offset + UFFD_MSG.size,
+            UFFD_EVENT_REMOVE,
+            guest.mapper.address + 5 * PAGE_BYTES,
+            guest.mapper.address + 8 * PAGE_BYTES,
+        )
+        guest.pager = Pager(guest.mapper.userfaultfd, [guest.pager_block()], guest.ledger)
+        assert guest.statistics.pages_removed == 3
+        guest.pager.start()
+        guest.check_content(zero_pages=range(5, 8))
 
 
 def registered_faults_pending(userfaultfd: int) -> int:
