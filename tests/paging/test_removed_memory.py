@@ -145,6 +145,6 @@ def test_faults_are_served_through_a_storm_of_removals(
     assert content == b"".join(guest.image.expected[8:])
     guest.mapper.do("calm", 0)
     removals = guest.mapper.result(storm)
-    assert guest.statistics.events_remove == removals
+    guest.wait(lambda s: s.events_remove == removals, "every removal is counted")
     guest.wait_complete()
     guest.check_content(zero_pages=range(8))
