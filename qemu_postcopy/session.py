@@ -166,7 +166,7 @@ class Session:
         with ThreadPoolExecutor(1) as executor:
             taking = asyncio.get_running_loop().run_in_executor(executor, self._take_userfaultfd)
             try:
-                await self._check_fits()
+                await self._check_fit()
             finally:
                 await taking
         self._enter(State.FOUND)
@@ -188,7 +188,7 @@ class Session:
         self._cleanup.callback(self.identity.close)
         self.identity.require_qemu()
         self._prepare()
-        await self._check_fits()
+        await self._check_fit()
         self._enter(State.FOUND)
 
     def attach(self) -> None:
@@ -480,75 +480,15 @@ class Session:
         self._userfaultfd_number = taken.remote_descriptor
         self._cleanup.callback(os.close, taken.descriptor)
 
-    async def _check_fits(self) -> None:
-        """Asks QEMU all that must be known before anything is changed, in one go."""
-        from qemu_postcopy.vm.layout import read_layout
-        from qemu_postcopy.vm.refusals import refusals
+    async def _check_fit(self) -> None:
+        from qemu_postcopy.vm.fit import check_fit
 
         assert self._qmp is not None and self.identity is not None
-        manifest = self.image.manifest
-        qmp = self._qmp
-        self._check_version(qmp.version[:2])
-        status, architecture, machine, reasons, layout = await asyncio.gather(
-            qmp.status(),
-            qmp.target(),
-            qmp.machine_type(),
-            refusals(qmp),
-            read_layout(qmp, self.identity),
-        )
-        if status != "inmigrate":
-            raise StateError(
-                f"QEMU is {status}; it must wait for a migration (inmigrate)",
-                hint="start it with -incoming defer",
-            )
-        if architecture != manifest.architecture:
-            raise MismatchError(
-                f"the image is of a {manifest.architecture} guest, this QEMU is for {architecture}",
-                hint=f"use qemu-system-{manifest.architecture}",
-            )
-        if machine != manifest.machine:
-            raise MismatchError(
-                f"the image is of machine type {manifest.machine}, QEMU was started with {machine}",
-                hint=f"start it with -machine {manifest.machine}",
-            )
-        if reasons:
-            raise MismatchError(
-                "this guest's memory cannot be paged: " + "; ".join(reasons),
-                hint="start QEMU without it",
-            )
-        self._layout = layout
-        self._check_blocks()
-
-    def _check_version(self, version: tuple[int, ...]) -> None:
-        recorded = self.image.manifest.qemu_version
-        if recorded is None:  # imported from a file that does not tell
-            return
-        made_by = tuple(int(part) for part in recorded.split(".")[:2])
-        ours, theirs = ".".join(map(str, version)), ".".join(map(str, made_by))
-        if version < made_by:
-            raise MismatchError(
-                f"this QEMU ({ours}) is older than the one that made the image ({theirs})",
-                hint=f"restore with QEMU {theirs} or newer: choose it by --qemu",
-            )
-        if version > made_by and not self.options.allow_newer_qemu:
-            raise MismatchError(
-                f"this QEMU ({ours}) is newer than the one that made the image ({theirs})",
-                hint=f"restore with QEMU {theirs} (--qemu), or pass --allow-newer-qemu: QEMU "
-                f"supports that for versioned machine types",
-            )
-
-    def _check_blocks(self) -> None:
-        wanted = {block.name: block.size_bytes for block in self.image.manifest.blocks}
-        found = {block.name: block.size_bytes for block in self._layout}
-        if wanted == found:
-            return
-        listed = [
-            ", ".join(f"{name} {size >> 20} MiB" for name, size in sorted(blocks.items())) or "none"
-            for blocks in (wanted, found)
-        ]
-        raise MismatchError(
-            f"RAM does not match: the image has {listed[0]}; QEMU has {listed[1]}",
-            hint="start QEMU with the -m and memory back-ends (ids, sizes) of the snapshot",
+        self._layout = await check_fit(
+            self._qmp,
+            self.identity,
+            self.image.manifest,
+            allow_newer=self.options.allow_newer_qemu,
         )
 
     def _unregister_empty(self) -> None:

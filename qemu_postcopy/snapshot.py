@@ -13,14 +13,23 @@ import asyncio
 import fcntl
 import logging
 import os
+import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qemu_postcopy.errors import MismatchError, StateError, UsageError
+from qemu_postcopy.errors import (
+    MismatchError,
+    OperationCancelledError,
+    PostcopyError,
+    StateError,
+    UsageError,
+)
+from qemu_postcopy.image.image import Image
 from qemu_postcopy.image.stream import Demultiplexer, StreamSummary
 from qemu_postcopy.image.writer import ImageWriter
 from qemu_postcopy.progress import ByteProgress
@@ -99,18 +108,28 @@ async def snapshot(
                 )
             described = await _describe(qmp)
             page_sizes = await _lazy_blocks(qmp)
-            goes_on = options.then == "run" or (options.then == "as-before" and before == "running")
-            with Guard(options.qmp) if goes_on else nullcontext():
-                summary = await _save(
-                    qmp, writer, list(page_sizes), options.max_downtime_ms, progress
-                )
-                downtime = int((await qmp.execute("query-migrate")).get("downtime", 0))
-                if goes_on:
-                    await migration.let_run(qmp)
-                elif options.then == "quit":
-                    await qmp.execute("quit")
-        finish = partial(writer.finish, summary, page_sizes_bytes=page_sizes, **described)
-        image = await asyncio.to_thread(finish, progress=progress)
+            with Guard(options.qmp) if before == "running" else nullcontext():
+                try:
+                    summary = await _save(
+                        qmp, writer, list(page_sizes), options.max_downtime_ms, progress
+                    )
+                    downtime = int((await qmp.execute("query-migrate")).get("downtime", 0))
+                    if options.then == "run" or (
+                        options.then == "as-before" and before == "running"
+                    ):
+                        await migration.let_run(qmp)
+                    finish = partial(
+                        writer.finish, summary, page_sizes_bytes=page_sizes, **described
+                    )
+                    image = await _in_thread(finish, progress)
+                except BaseException:
+                    # No image: whatever was to become of the guest afterwards, it runs on.
+                    if before == "running":
+                        await asyncio.shield(_run_on(qmp))
+                    raise
+            # Not before the image is whole and in place.
+            if options.then == "quit":
+                await qmp.execute("quit")
     manifest = image.manifest
     return SnapshotResult(
         image=options.image,
@@ -130,6 +149,7 @@ async def _save(
 ) -> StreamSummary:
     read_end, write_end = os.pipe()
     fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    stream = os.fdopen(read_end, "rb", buffering=0)
     demultiplexer = Demultiplexer(read_end, writer.directory, names)
     summaries: list[StreamSummary] = []
 
@@ -141,15 +161,46 @@ async def _save(
             demultiplexer.cancel()
             await asyncio.wait({running})
             raise
+        finally:
+            # QEMU may be blocked in a write to the full pipe, out of which migrate_cancel does not
+            # get it (it shuts sockets down); the end of the last reader does (EPIPE, pipe(7)).
+            stream.close()
 
     reporter = asyncio.ensure_future(_report(qmp, progress)) if progress else None
     try:
         await migration.save(qmp, write_end, drain, max_downtime_ms=max_downtime_ms)
     finally:
-        os.close(read_end)
+        stream.close()
         if reporter is not None:
             reporter.cancel()
     return summaries[0]
+
+
+async def _run_on(qmp: Qmp) -> None:
+    try:
+        await migration.let_run(qmp)
+    except PostcopyError as error:
+        log.warning("the guest could not be made to run on: %s", error.message)
+
+
+async def _in_thread(finish: Callable[..., Image], progress: ByteProgress | None) -> Image:
+    """Runs ``finish`` in a thread; a cancellation ends it before the rename, if it still can."""
+    cancelled = threading.Event()
+
+    def report(done: int, total: int) -> None:
+        if cancelled.is_set():
+            raise OperationCancelledError("the snapshot was interrupted")
+        if progress is not None:
+            progress(done, total)
+
+    running = asyncio.ensure_future(asyncio.to_thread(finish, progress=report))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        cancelled.set()
+        await asyncio.wait({running})
+        running.exception()  # seen: it is the interruption that matters
+        raise
 
 
 async def _report(qmp: Qmp, progress: ByteProgress) -> None:

@@ -1,10 +1,10 @@
 """``bench restore``: how long until a guest says something again, by each way to resume it.
 
-For each size a guest is booted, fills its memory, and is snapshotted once; then the ways take turns,
-so that a machine whose speed drifts treats all alike.  Measured is the time from the start of QEMU
-(or of the command) to the first whole line on the guest's console, with a warm page cache.  A guest
-that was stopped in the middle of a line ends that one from the device's buffer, with no instruction
-run, so it does not count.
+For each size a guest is booted, fills its memory, and is snapshotted once; then the ways take
+turns, so that a machine whose speed drifts treats all alike.  Measured is the time from the start
+of QEMU (or of the command) to the first whole line on the guest's console, with a warm page cache.
+A guest that was stopped in the middle of a line ends that one from the device's buffer, with no
+instruction run, so it does not count.
 """
 
 from __future__ import annotations

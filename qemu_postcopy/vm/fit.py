@@ -1,0 +1,98 @@
+"""Whether an image can be resumed in a QEMU: asked before anything is changed.
+
+Runs in the caller's event loop.  QEMU is asked everything at once, because each question alone
+costs a round trip on the way to the guest's first instruction.  Nothing is touched: a QEMU that
+does not fit goes on waiting as it was found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from qemu_postcopy.errors import MismatchError, StateError
+from qemu_postcopy.image.manifest import Manifest
+from qemu_postcopy.vm.layout import RamBlock, read_layout
+from qemu_postcopy.vm.process import ProcessIdentity
+from qemu_postcopy.vm.qmp import Qmp
+from qemu_postcopy.vm.refusals import refusals
+
+
+async def check_fit(
+    qmp: Qmp, identity: ProcessIdentity, manifest: Manifest, *, allow_newer: bool
+) -> list[RamBlock]:
+    """The RAM blocks of a QEMU that fits.
+
+    Args:
+        allow_newer: accept a QEMU newer than the one that made the image.
+
+    Raises:
+        StateError: it does not wait for a migration.
+        MismatchError: version, architecture, machine type or RAM differ, or the guest has something
+            that cannot be paged.
+        AttachError: its RAM is of a kind that cannot be paged.
+    """
+    _check_version(qmp.version[:2], manifest, allow_newer)
+    status, architecture, machine, reasons, layout = await asyncio.gather(
+        qmp.status(),
+        qmp.target(),
+        qmp.machine_type(),
+        refusals(qmp),
+        read_layout(qmp, identity),
+    )
+    if status != "inmigrate":
+        raise StateError(
+            f"QEMU is {status}; it must wait for a migration (inmigrate)",
+            hint="start it with -incoming defer",
+        )
+    if architecture != manifest.architecture:
+        raise MismatchError(
+            f"the image is of a {manifest.architecture} guest, this QEMU is for {architecture}",
+            hint=f"use qemu-system-{manifest.architecture}",
+        )
+    if machine != manifest.machine:
+        raise MismatchError(
+            f"the image is of machine type {manifest.machine}, QEMU was started with {machine}",
+            hint=f"start it with -machine {manifest.machine}",
+        )
+    if reasons:
+        raise MismatchError(
+            "this guest's memory cannot be paged: " + "; ".join(reasons),
+            hint="start QEMU without it",
+        )
+    _check_blocks(layout, manifest)
+    return layout
+
+
+def _check_version(version: tuple[int, ...], manifest: Manifest, allow_newer: bool) -> None:
+    recorded = manifest.qemu_version
+    if recorded is None:  # imported from a file that does not tell
+        return
+    made_by = tuple(int(part) for part in recorded.split(".")[:2])
+    ours, theirs = ".".join(map(str, version)), ".".join(map(str, made_by))
+    if version < made_by:
+        raise MismatchError(
+            f"this QEMU ({ours}) is older than the one that made the image ({theirs})",
+            hint=f"restore with QEMU {theirs} or newer: choose it by --qemu",
+        )
+    if version > made_by and not allow_newer:
+        raise MismatchError(
+            f"this QEMU ({ours}) is newer than the one that made the image ({theirs})",
+            hint=f"restore with QEMU {theirs} (--qemu), or pass --allow-newer-qemu: QEMU supports "
+            "that for versioned machine types",
+        )
+
+
+def _check_blocks(layout: Sequence[RamBlock], manifest: Manifest) -> None:
+    wanted = {block.name: block.size_bytes for block in manifest.blocks}
+    found = {block.name: block.size_bytes for block in layout}
+    if wanted == found:
+        return
+    listed = [
+        ", ".join(f"{name} {size >> 20} MiB" for name, size in sorted(blocks.items())) or "none"
+        for blocks in (wanted, found)
+    ]
+    raise MismatchError(
+        f"RAM does not match: the image has {listed[0]}; QEMU has {listed[1]}",
+        hint="start QEMU with the -m and memory back-ends (ids, sizes) of the snapshot",
+    )
