@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from paging.mapper_process import wait_until
-from paging.served_guest import KIB, ServedGuest
+from paging.served_guest import KIB, MIB, ServedGuest
 
 from qemu_postcopy.errors import UsageError
 from qemu_postcopy.paging.pager import PagerState
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.needs("uffd", "cc")
 
 @pytest.mark.parametrize("background", [False, True], ids=["demand", "background"])
 def test_stop_and_start_lose_nothing(serve: Serve, background: bool) -> None:
-    guest = serve(chunk_size=4 * KIB, background=background)
+    guest = serve(chunk_size=4 * KIB, background=background, background_rate=1 * MIB)
     dump = guest.mapper.send("dump", 0, 1100, guest.run_dir / "dump")
     stops = faults = 0
     while guest.mapper.is_waiting(dump):
