@@ -91,32 +91,35 @@ async def save(
             cancelled then and the guest runs on.
         asyncio.CancelledError: likewise.
     """
-    try:
+    with os.fdopen(write_fd, "wb", buffering=0) as sending:
         known = {e["capability"] for e in await qmp.execute("query-migrate-capabilities")}
-    except BaseException:
-        os.close(write_fd)
-        raise
-    off = {name: False for name in FORMAT_CAPABILITIES if name in known}
-    downtime = LONGEST_DOWNTIME_MS if max_downtime_ms is None else max_downtime_ms
-    async with (
-        qmp.migration_capabilities(events=True, **off),
-        qmp.migration_parameters(max_bandwidth=NO_BANDWIDTH_LIMIT, downtime_limit=downtime),
-    ):
-        with qmp.listen("MIGRATION") as listener:
-            try:
-                await qmp.send_descriptor(DESCRIPTOR_NAME, write_fd)
-                await qmp.execute("migrate", {"uri": f"fd:{DESCRIPTOR_NAME}"})
-            finally:
-                os.close(write_fd)
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(_drained(drain))
-                    tasks.create_task(_completed(qmp, listener))
-            except BaseException as error:
-                await asyncio.shield(_abandon(qmp))
-                if isinstance(error, BaseExceptionGroup):
-                    raise _plainest(error) from error
-                raise
+        off = {name: False for name in FORMAT_CAPABILITIES if name in known}
+        downtime = LONGEST_DOWNTIME_MS if max_downtime_ms is None else max_downtime_ms
+        async with (
+            qmp.migration_capabilities(events=True, **off),
+            qmp.migration_parameters(max_bandwidth=NO_BANDWIDTH_LIMIT, downtime_limit=downtime),
+        ):
+            with qmp.listen("MIGRATION") as listener:
+                under_way = False
+                try:
+                    # The reader first: whoever gives up after `migrate` must have one to end.
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(_drained(drain))
+                        tasks.create_task(_completed(qmp, listener))
+                        await qmp.send_descriptor(DESCRIPTOR_NAME, write_fd)
+                        under_way = True
+                        try:
+                            await qmp.execute("migrate", {"uri": f"fd:{DESCRIPTOR_NAME}"})
+                        except CommandError:
+                            under_way = False  # another migration may be, and is not ours to end
+                            raise
+                        sending.close()
+                except BaseException as error:
+                    if under_way:
+                        await asyncio.shield(_abandon(qmp))
+                    if isinstance(error, BaseExceptionGroup):
+                        raise _plainest(error) from error
+                    raise
 
 
 async def _drained(drain: Callable[[], Awaitable[None]]) -> None:
