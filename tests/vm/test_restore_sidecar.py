@@ -1,4 +1,4 @@
-"""The sidecar's life: nothing when idle, small, gone when complete, and never an abandoned guest."""
+"""The sidecar's life: no CPU when idle, small, gone when done, and no guest ever abandoned."""
 
 from __future__ import annotations
 

@@ -1,0 +1,205 @@
+"""A snapshot that is interrupted or killed: no image, and the guest runs on as if nothing was."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import select
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from vm.guests import PATIENCE, Guest, Lab, cli, cli_command, ends_within, send, wait_until
+
+from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.vm.process import ProcessIdentity
+from qemu_postcopy.vm.qmp import Listener, Qmp
+
+pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
+
+#: From linux/fcntl.h; the tool makes the pipe of the stream as large as it may be.
+F_GETPIPE_SZ = 1032
+STREAM_PIPE_BYTES = 1 << 20
+
+
+class Witness:
+    """A second monitor of the guest that sees what happens to it; and the tool under way."""
+
+    def __init__(self, guest: Guest, path: Path, image: Path) -> None:
+        self.guest = guest
+        self.path = path
+        self.image = image
+        self.tool: ProcessIdentity
+        self.popen: subprocess.Popen[str]
+        self.said = ""
+
+    @asynccontextmanager
+    async def stopped_while_sending(self) -> AsyncIterator[tuple[Qmp, Listener]]:
+        """Starts a snapshot and stops the tool when QEMU has begun to send.
+
+        The pipe holds 1 MiB and the guest has a hundred times that, so QEMU is in the middle of
+        its stream and waits for a reader.
+        """
+        async with await Qmp.connect(self.path) as qmp:
+            with qmp.listen("MIGRATION", "RESUME") as events:
+                self.popen = subprocess.Popen(
+                    cli_command("snapshot", self.guest.qmp_path, self.image),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                self.tool = ProcessIdentity.open(self.popen.pid)
+                await wait_migration(events, "active")
+                send(self.tool, signal.SIGSTOP)
+                assert (await qmp.execute("query-migrate"))["status"] == "active"
+                yield qmp, events
+
+    def end_of_tool(self) -> int:
+        """Its exit status."""
+        _, self.said = self.popen.communicate(timeout=PATIENCE)
+        return self.popen.returncode
+
+    def close(self) -> None:
+        if hasattr(self, "tool"):
+            send(self.tool, signal.SIGKILL)
+            self.popen.communicate()
+            self.tool.close()
+
+
+async def wait_migration(events: Listener, status: str) -> None:
+    await events.wait(
+        lambda event: event["event"] == "MIGRATION" and event["data"]["status"] == status, PATIENCE
+    )
+
+
+@pytest.fixture
+def witness(qemu: Path, lab: Lab, guest_image: GuestImage, run_dir: Path) -> Iterator[Witness]:
+    """A guest with 256 MiB, half of them patterned."""
+    path = run_dir / "witness.sock"
+    monitor = ("-qmp", f"unix:{path},server=on,wait=off")
+    made = Witness(
+        lab.boot(guest_image, qemu, "memfd", 64, *monitor), path, run_dir / "images" / "vm.qpc"
+    )
+    made.image.parent.mkdir()
+    yield made
+    made.close()
+
+
+def left_beside(image: Path) -> list[str]:
+    return [path.name for path in image.parent.iterdir()]
+
+
+def check_unharmed(witness: Witness) -> None:
+    """No image; the guest ticks, verifies, and can be saved by the next try, which cleans up."""
+    assert not witness.image.exists()
+    assert witness.guest.run_state() == "running"
+    witness.guest.console.wait_passes(1)
+    cli("snapshot", witness.guest.qmp_path, witness.image)
+    assert left_beside(witness.image) == ["vm.qpc"]
+    cli("image", "verify", witness.image)
+    witness.guest.console.wait_passes(1)
+
+
+def test_interrupted_snapshot_leaves_nothing_and_the_guest_running(witness: Witness) -> None:
+    async def run() -> None:
+        async with witness.stopped_while_sending():
+            send(witness.tool, signal.SIGINT)
+            send(witness.tool, signal.SIGCONT)
+            assert await asyncio.to_thread(witness.end_of_tool) == 130, witness.said
+
+    asyncio.run(run())
+    assert left_beside(witness.image) == []
+    check_unharmed(witness)
+
+
+def test_killed_while_the_guest_is_being_sent(witness: Witness) -> None:
+    async def run() -> None:
+        async with witness.stopped_while_sending():
+            send(witness.tool, signal.SIGKILL)
+            assert await asyncio.to_thread(witness.end_of_tool) == -signal.SIGKILL
+
+    asyncio.run(run())
+    wait_until(lambda: witness.guest.run_state() == "running", "the guest runs on")
+    assert len(left_beside(witness.image)) == 1, "the leftover that the next try removes"
+    check_unharmed(witness)
+
+
+def test_killed_after_the_stream_and_before_the_guest_was_let_run(witness: Witness) -> None:
+    """The one moment at which QEMU itself would leave the guest standing: the guard lets it run.
+
+    With the tool stopped, the test reads the rest of the stream in its place.
+    """
+
+    async def run() -> None:
+        async with witness.stopped_while_sending() as (qmp, events):
+            stream = open_stream_of(witness.tool.pid)
+            done = asyncio.ensure_future(wait_migration(events, "completed"))
+            try:
+                while not done.done():
+                    await asyncio.to_thread(read_what_is_there, stream)
+                await done
+            finally:
+                os.close(stream)
+            assert (await qmp.execute("query-status"))["status"] == "postmigrate"
+            send(witness.tool, signal.SIGKILL)
+            await events.wait(lambda event: event["event"] == "RESUME", PATIENCE)
+            await asyncio.to_thread(witness.end_of_tool)
+
+    asyncio.run(run())
+    check_unharmed(witness)
+
+
+def open_stream_of(pid: int) -> int:
+    """The reading end of the migration's pipe, opened anew through /proc."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        if not os.readlink(entry).startswith("pipe:"):  # noqa: PTH115  no path behind it
+            continue
+        flags = (Path(f"/proc/{pid}/fdinfo") / entry.name).read_text()
+        if int(flags.split("flags:")[1].split()[0], 8) & os.O_ACCMODE != os.O_RDONLY:
+            continue
+        descriptor = os.open(entry, os.O_RDONLY | os.O_NONBLOCK)
+        if fcntl.fcntl(descriptor, F_GETPIPE_SZ) == STREAM_PIPE_BYTES:
+            return descriptor
+        os.close(descriptor)
+    raise AssertionError(f"process {pid} has no pipe of that size")
+
+
+def read_what_is_there(descriptor: int) -> None:
+    if select.select([descriptor], [], [], 0.05)[0]:
+        os.read(descriptor, STREAM_PIPE_BYTES)
+
+
+Moment = Callable[[Listener], Awaitable[object]]
+MOMENTS: dict[str, Moment] = {
+    "setup": lambda events: wait_migration(events, "setup"),
+    "active": lambda events: wait_migration(events, "active"),
+    "completed": lambda events: wait_migration(events, "completed"),
+    "resume": lambda events: events.wait(lambda event: event["event"] == "RESUME", PATIENCE),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment(moment: str, witness: Witness) -> None:
+    """Killed as soon as QEMU reports it; whichever of both is faster, the guest runs on."""
+
+    async def run() -> None:
+        async with await Qmp.connect(witness.path) as qmp:
+            with qmp.listen("MIGRATION", "RESUME") as events:
+                witness.popen = subprocess.Popen(
+                    cli_command("snapshot", witness.guest.qmp_path, witness.image),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+                witness.tool = ProcessIdentity.open(witness.popen.pid)
+                await MOMENTS[moment](events)
+                send(witness.tool, signal.SIGKILL)
+                assert ends_within(witness.tool, PATIENCE)
+
+    asyncio.run(run())
+    wait_until(lambda: witness.guest.run_state() == "running", "the guest runs on")
+    check_unharmed(witness)
