@@ -120,7 +120,8 @@ class RunDirectory:
             if directory.path.is_symlink() or directory.path.exists():
                 _check_owner(directory.path)
                 record = directory.read_record(missing_ok=True)
-                if record and directory.guest_alive(record):
+                # Where a restore failed there is no guest, though QEMU may wait for the next try.
+                if record and record.state != "failed" and directory.guest_alive(record):
                     raise StateError(
                         f"a guest named {name} runs already (PID {record.pid})",
                         hint=f"choose another name by --name, or end it: kill {record.pid}",
