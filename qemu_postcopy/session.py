@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from qemu_postcopy.errors import (
     GuestEndedError,
+    LaunchError,
     MismatchError,
     PostcopyError,
     StateError,
@@ -160,7 +161,12 @@ class Session:
         self._cleanup.callback(self._owned.close)
         self.identity = self._owned.identity
         self._prepare()
-        self._qmp = await self._owned.connect()
+        try:
+            self._qmp = await self._owned.connect()
+        except LaunchError as error:
+            from qemu_postcopy.vm.fit import launch_failure
+
+            raise launch_failure(error, self.image.manifest) from error
         # Opening the descriptor stops one helper thread of QEMU's, so QEMU can answer meanwhile.
         # Our thread that does it ends here: rights are dropped thread by thread.
         with ThreadPoolExecutor(1) as executor:

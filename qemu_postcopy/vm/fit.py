@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from qemu_postcopy.errors import MismatchError, StateError
+from qemu_postcopy.errors import LaunchError, MismatchError, PostcopyError, StateError
 from qemu_postcopy.image.manifest import Manifest
 from qemu_postcopy.vm.layout import RamBlock, read_layout
 from qemu_postcopy.vm.process import ProcessIdentity
@@ -62,6 +62,19 @@ async def check_fit(
         )
     _check_blocks(layout, manifest)
     return layout
+
+
+def launch_failure(error: LaunchError, manifest: Manifest) -> PostcopyError:
+    """The same failure, or a MismatchError where QEMU does not know the image's machine type."""
+    # Printed by select_machine(), system/vl.c, of all versions up to 10.0.
+    if "unsupported machine type" not in error.output:
+        return error
+    made_by = manifest.qemu_version or "an unknown version"
+    return MismatchError(
+        f"{error.command[0]} does not know the machine type {manifest.machine}: it is older than "
+        f"the QEMU that made the image ({made_by}), or built without it",
+        hint=f"restore with QEMU {made_by} or newer: choose it by --qemu",
+    )
 
 
 def _check_version(version: tuple[int, ...], manifest: Manifest, allow_newer: bool) -> None:
