@@ -37,6 +37,16 @@ class Witness:
         self.popen: subprocess.Popen[str]
         self.said = ""
 
+    def start_tool(self) -> None:
+        """Begins a snapshot, by the command line tool."""
+        self.popen = subprocess.Popen(
+            cli_command("snapshot", self.guest.qmp_path, self.image),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.tool = ProcessIdentity.open(self.popen.pid)
+
     @asynccontextmanager
     async def stopped_while_sending(self) -> AsyncIterator[tuple[Qmp, Listener]]:
         """Starts a snapshot and stops the tool when QEMU has begun to send.
@@ -46,13 +56,7 @@ class Witness:
         """
         async with await Qmp.connect(self.path) as qmp:
             with qmp.listen("MIGRATION", "RESUME") as events:
-                self.popen = subprocess.Popen(
-                    cli_command("snapshot", self.guest.qmp_path, self.image),
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                self.tool = ProcessIdentity.open(self.popen.pid)
+                self.start_tool()
                 await wait_migration(events, "active")
                 send(self.tool, signal.SIGSTOP)
                 assert (await qmp.execute("query-migrate"))["status"] == "active"
@@ -189,13 +193,7 @@ def test_killed_at_any_moment(moment: str, witness: Witness) -> None:
     async def run() -> None:
         async with await Qmp.connect(witness.path) as qmp:
             with qmp.listen("MIGRATION", "RESUME") as events:
-                witness.popen = subprocess.Popen(
-                    cli_command("snapshot", witness.guest.qmp_path, witness.image),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                )
-                witness.tool = ProcessIdentity.open(witness.popen.pid)
+                witness.start_tool()
                 await MOMENTS[moment](events)
                 send(witness.tool, signal.SIGKILL)
                 assert ends_within(witness.tool, PATIENCE)
