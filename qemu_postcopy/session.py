@@ -224,6 +224,7 @@ class Session:
         from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager, PagerBlock
 
         self._require(State.SERVING)
+        assert self.identity is not None
         blocks = [
             PagerBlock(
                 block.name,
@@ -252,8 +253,13 @@ class Session:
         )
         self._cleanup.callback(self.pager.close)
         registration.negotiate(self._userfaultfd, self._features)
-        for block in self._layout:
-            registration.register(self._userfaultfd, block.address, block.size_bytes)
+        try:
+            for block in self._layout:
+                registration.register(self._userfaultfd, block.address, block.size_bytes)
+        except PostcopyError:
+            # ENOMEM also says that the process has exited (userfaultfd_register, fs/userfaultfd.c).
+            self.identity.require_alive()
+            raise
         self.pager.start()
         self._enter(State.SERVING)
 
@@ -262,11 +268,13 @@ class Session:
 
         Raises:
             MismatchError: QEMU refused it; its words are in the message.
+            TargetGoneError: QEMU had ended before it was asked.
         """
         from qemu_postcopy.vm import migration
 
         self._require(State.LOADED)
-        assert self._qmp is not None
+        assert self._qmp is not None and self.identity is not None
+        self.identity.require_alive()
         try:
             await migration.load(self._qmp, self._device_state)
         except PostcopyError as error:
