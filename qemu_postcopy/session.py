@@ -302,9 +302,9 @@ class Session:
 
     def start_background(self) -> None:
         """Begins to fill what nobody has asked for yet, if the options allow it."""
-        assert self.pager is not None
+        pager = self._started_pager()
         if self.options.background:
-            self.pager.set_background(True, self.options.background_rate)
+            pager.set_background(True, self.options.background_rate)
 
     async def wait_complete(self) -> None:
         """Serves until every page with data is present, or QEMU has ended.
@@ -314,6 +314,7 @@ class Session:
         """
         from qemu_postcopy.paging.pager import PagerState
 
+        self._require(State.COMPLETE)
         assert self.pager is not None and self.identity is not None
         loop = asyncio.get_running_loop()
         told = asyncio.Event()
@@ -395,9 +396,7 @@ class Session:
 
     def statistics(self) -> Statistics:
         """The pager's counters; StateError before there is one."""
-        if self.pager is None:
-            raise StateError(f"nothing is served yet: the session is {self.state}")
-        return self.pager.statistics()
+        return self._started_pager().statistics()
 
     def trouble(self) -> str:
         """Why faults wait, in words, or an empty string while all is well."""
@@ -417,6 +416,11 @@ class Session:
         )
 
     # --- inside ----------------------------------------------------------------------------------
+
+    def _started_pager(self) -> Pager:
+        if self.pager is None:
+            raise StateError(f"nothing is served yet: the session is {self.state}")
+        return self.pager
 
     def _require(self, next_state: State) -> None:
         if self.state not in ENTRANCES[next_state]:
