@@ -1,0 +1,108 @@
+"""The session's order of steps: what is out of order is refused, with both states named."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from qemu_postcopy.errors import StateError
+from qemu_postcopy.image.image import Image
+from qemu_postcopy.session import ENTRANCES, Session, SessionOptions, State, StateChange
+from qemu_postcopy.sidecar.rundir import RunDirectory
+
+#: Each step, and the state that it leads to.
+STEPS: dict[str, tuple[Callable[[Session], Any], State]] = {
+    "launch": (lambda session: session.launch(["qemu-system-x86_64"]), State.FOUND),
+    "find": (lambda session: session.find(Path("/nowhere")), State.FOUND),
+    "attach": (lambda session: session.attach(), State.ATTACHED),
+    "serve": (lambda session: session.serve(), State.SERVING),
+    "load_device_state": (lambda session: session.load_device_state(), State.LOADED),
+    "resume": (lambda session: session.resume(), State.RUNNING),
+    "wait_complete": (lambda session: session.wait_complete(), State.COMPLETE),
+    "detach": (lambda session: session.detach(), State.DETACHED),
+}
+
+
+@pytest.fixture
+def session(run_dir: Path) -> Session:
+    image = SimpleNamespace(path=Path("/image"), manifest=SimpleNamespace(chunk_size_bytes=65536))
+    run = RunDirectory.create("s", run_dir / "run")
+    return Session(cast(Image, image), run, SessionOptions())
+
+
+def perform(step: Callable[[Session], Any], session: Session) -> None:
+    async def run() -> None:
+        result = step(session)
+        if inspect.isawaitable(result):
+            await result
+
+    asyncio.run(run())
+
+
+OUT_OF_ORDER = [
+    pytest.param(name, state, id=f"{name}-when-{state}")
+    for name, (_, goal) in STEPS.items()
+    for state in State
+    if state not in ENTRANCES[goal]
+]
+
+
+@pytest.mark.parametrize(("name", "state"), OUT_OF_ORDER)
+def test_step_out_of_order_is_refused(name: str, state: State, session: Session) -> None:
+    step, goal = STEPS[name]
+    session.state = state
+    with pytest.raises(StateError) as caught:
+        perform(step, session)
+    said = caught.value.message
+    assert f"cannot become {goal}" in said
+    assert f"the session is {state}" in said
+    assert all(entrance in said for entrance in ENTRANCES[goal])
+    assert session.state is state
+
+
+def test_there_is_no_way_back_and_nothing_follows_the_end() -> None:
+    """Every state but the first is entered from earlier ones only; three are final."""
+    order = list(State)
+    for state, entrances in ENTRANCES.items():
+        if state not in (State.FAILED, State.GONE):
+            assert all(order.index(entrance) < order.index(state) for entrance in entrances)
+    entered_from = frozenset().union(*ENTRANCES.values())
+    assert set(State) - entered_from == {State.DETACHED, State.FAILED, State.GONE}
+
+
+def test_guest_that_exists_is_never_a_failure() -> None:
+    """`failed` unregisters and kills: no state with a guest in it leads there."""
+    assert not ENTRANCES[State.FAILED] & {State.LOADED, State.RUNNING, State.COMPLETE}
+
+
+@pytest.mark.parametrize("name", ["statistics", "start_background"])
+def test_pager_is_asked_for_in_vain_before_there_is_one(name: str, session: Session) -> None:
+    with pytest.raises(StateError, match="the session is new"):
+        getattr(session, name)()
+    assert session.trouble() == ""
+
+
+def test_each_step_is_told_and_recorded(session: Session) -> None:
+    told: list[StateChange] = []
+    session._listener = told.append
+    for state in (State.FOUND, State.ATTACHED, State.SERVING):
+        session._enter(state)
+    assert [change.state for change in told] == ["found", "attached", "serving"]
+    assert 0 <= told[0].elapsed <= told[1].elapsed <= told[2].elapsed
+    record = session.run.read_record()
+    assert record is not None
+    assert record.state == "serving"
+    assert record.image == "/image"
+
+
+def test_closed_without_a_guest_is_on_record_as_failed(session: Session) -> None:
+    asyncio.run(session.close())
+    record = session.run.read_record()
+    assert record is not None
+    assert record.state == "failed"
