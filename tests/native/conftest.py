@@ -6,8 +6,8 @@ The sources are those of the tree: the wheel has only what was compiled of them.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -24,6 +24,12 @@ FLAGS = [
 ]
 
 
+class BuildDriver(Protocol):
+    """``build_driver(driver.c, "address,undefined")``: the driver linked with the whole core."""
+
+    def __call__(self, driver: Path, sanitizers: str, defines: tuple[str, ...] = ()) -> Path: ...
+
+
 def run_tool(*command: str | Path) -> None:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr}"
@@ -35,41 +41,31 @@ def sanitizing(sanitizers: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def build_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
-    """``build_driver(driver.c, "address,undefined")``: the driver linked with the whole core.
-
-    The core is compiled once for each set of sanitizers (as ``-fsanitize=`` takes them).
-    """
+def build_driver(tmp_path_factory: pytest.TempPathFactory) -> BuildDriver:
+    """The core is compiled once for each set of sanitizers (as ``-fsanitize=`` takes them) and of
+    macros (as ``-D`` takes them)."""
     folder = tmp_path_factory.mktemp("native")
-    archives: dict[str, Path] = {}
+    archives: dict[tuple[str, ...], Path] = {}
 
-    def archive(sanitizers: str) -> Path:
-        place = folder / sanitizers.replace(",", "-")
+    def archive(flags: list[str]) -> Path:
+        place = folder / str(len(archives))
         place.mkdir()
         objects = []
         for source in sorted(CORE.glob("*.c")):
             if source.name == "_core.c":
                 continue
             objects.append(place / f"{source.stem}.o")
-            run_tool("cc", *FLAGS, *sanitizing(sanitizers), "-c", source, "-o", objects[-1])
+            run_tool("cc", *flags, "-c", source, "-o", objects[-1])
         run_tool("ar", "rcs", place / "libcore.a", *objects)
         return place / "libcore.a"
 
-    def build(driver: Path, sanitizers: str) -> Path:
-        if sanitizers not in archives:
-            archives[sanitizers] = archive(sanitizers)
-        core = archives[sanitizers]
-        binary = core.parent / driver.stem
-        run_tool(
-            "cc",
-            *FLAGS,
-            *sanitizing(sanitizers),
-            f"-I{CORE}",
-            driver,
-            core,
-            "-o",
-            binary,
-        )
+    def build(driver: Path, sanitizers: str, defines: tuple[str, ...] = ()) -> Path:
+        flags = [*FLAGS, *sanitizing(sanitizers), *(f"-D{define}" for define in defines)]
+        key = (sanitizers, *defines)
+        if key not in archives:
+            archives[key] = archive(flags)
+        binary = archives[key].parent / driver.stem
+        run_tool("cc", *flags, f"-I{CORE}", driver, archives[key], "-o", binary)
         return binary
 
     return build
