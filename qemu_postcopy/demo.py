@@ -182,7 +182,7 @@ class Demo:
                 qemu.kill()
                 qemu.close()
         return Outcome(
-            "eager, stock QEMU",
+            "eager (stock)",
             (console.first_line_ns - began) / 1e9,
             None,
             0,
@@ -226,7 +226,7 @@ class Demo:
                 await self.verify(console, qemu, verdict, before)
         statistics = result["statistics"]
         outcome = Outcome(
-            "lazy, qemu-postcopy",
+            "lazy (ours)",
             (console.first_line_ns - result["launched_ns"]) / 1e9,
             (console.first_line_ns - began) / 1e9,
             statistics["faults"],
@@ -355,7 +355,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"a guest with {result['ram_bytes'] >> 20} MiB of RAM, resumed")
-    for name in ("", "first output", "from command", "faults", "read", "verified"):
+    for name in ("", "first line", "by command", "faults", "read", "passes"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for outcome in result["outcomes"]:
         from_command = outcome["first_output_from_command"]
@@ -365,11 +365,11 @@ def show(result: dict[str, Any]) -> None:
             "" if from_command is None else f"{from_command * 1000:.0f} ms",
             str(outcome["faults"]),
             f"{outcome['bytes_read'] >> 20} MiB",
-            f"{outcome['passes_verified']} passes",
+            str(outcome["passes_verified"]),
         )
     terminal = Terminal()
     terminal.print(table)
-    terminal.print("first output: of the guest, from the start of QEMU; from command: ours.")
+    terminal.print("first line: of the guest's output, from the start of QEMU, or of our command.")
     terminal.print("faults over time, from the first page served:")
     for line in chart(result["statistics"]["timeline"]):
         terminal.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -111,11 +111,6 @@ static void *pager_thread(void *argument)
         due = qpc_pager_serve_queue(p);
         qpc_pager_check_complete(p);
         qpc_pager_read_messages(p, &faults);
-        if (p->nearby_count) {
-            /* Also while faults keep coming: a chunk is what keeps the next ones from coming. */
-            qpc_pager_fill_nearby(p);
-            continue;
-        }
         if (faults || (due && due <= now_ns()))
             continue;
         if (atomic_load_explicit(&p->background, memory_order_relaxed)) {

@@ -9,7 +9,6 @@
 #include "uffd.h"
 
 #define MERGED_ZEROS 8 /* pages */
-#define NEARBY_PIECE (16u << 10)
 /* The background waits until no fault came for so long, but fills a unit now and then anyway. */
 #define BACKGROUND_QUIET_NS 1000000ull
 #define BACKGROUND_AT_LEAST_NS 20000000ull
@@ -255,46 +254,6 @@ static uint64_t pages_per_chunk(const struct qpc_pager *p, const struct block *b
     return p->chunk_size > b->is.page_size ? p->chunk_size >> b->page_shift : 1;
 }
 
-/*
- * Puts the rest of a chunk, whose faulting page was just filled, on the list of what to fill next.
- * When the list is full the oldest entry is forgotten: its pages are left to faults of their own.
- */
-static void add_nearby(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t last)
-{
-    if (first == last)
-        return;
-    p->nearby[(p->nearby_next++) % QPC_PAGER_NEARBY_LENGTH] = (struct nearby){
-        .block = (uint32_t)(b - p->blocks), .first = first, .last = last,
-    };
-    if (p->nearby_count < QPC_PAGER_NEARBY_LENGTH)
-        p->nearby_count++;
-}
-
-/*
- * Fills one piece of the newest entry. A piece is small, because whoever faults meanwhile waits for
- * it. Nobody is known to wait for these pages: what fails is left to a fault.
- */
-void qpc_pager_fill_nearby(struct qpc_pager *p)
-{
-    struct nearby *near = &p->nearby[(p->nearby_next - 1) % QPC_PAGER_NEARBY_LENGTH];
-    struct block *b = &p->blocks[near->block];
-    uint64_t piece = NEARBY_PIECE >> b->page_shift;
-    uint64_t first = near->first, last;
-
-    while (first < near->last && page_kind(b, first) > KIND_ZERO)
-        first++;
-    last = first;
-    while (last < near->last && last - first < (piece ? piece : 1) && page_kind(b, last) <= KIND_ZERO)
-        last++;
-    if (first == last || read_source(p, b, first, last) ||
-        copy_run(p, b, first, last, &p->statistics.pages_demand) != FILL_DONE || last == near->last) {
-        p->nearby_next--;
-        p->nearby_count--;
-        return;
-    }
-    near->first = last;
-}
-
 static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
 {
     uint64_t chunk_pages = pages_per_chunk(p, b);
@@ -308,23 +267,19 @@ static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
         kind = KIND_DATA;
     switch (kind) {
     case KIND_DATA:
-        /*
-         * The page itself first: whoever waits for it runs on while the rest of the chunk is filled
-         * in small pieces, between which the next fault is served. And it needs no more of the
-         * source than this page to be readable.
-         */
-        errnum = read_source(p, b, page, page + 1);
-        if (errnum && has_data(b, page))
-            return note_source_error(p, b, page, errnum);
-        if (errnum) { /* known to be zero: needs no source */
+        errnum = read_source(p, b, first, last);
+        if (errnum && has_data(b, page)) {
+            /* The page itself may be readable all the same. */
+            first = page;
+            last = page + 1;
+            errnum = read_source(p, b, first, last);
+            if (errnum)
+                return note_source_error(p, b, page, errnum);
+        }
+        if (errnum) /* known to be zero: needs no source */
             result = fill_pages(p, b, page, 1, NULL, QPC_PAGE_PRESENT);
-            break;
-        }
-        result = copy_run(p, b, page, page + 1, &p->statistics.pages_demand);
-        if (result == FILL_DONE) {
-            add_nearby(p, b, first, page);
-            add_nearby(p, b, page + 1, last);
-        }
+        else
+            result = copy_run(p, b, first, last, &p->statistics.pages_demand);
         break;
     case KIND_ZERO:
         find_run(b, page, kind, &first, &last);

@@ -22,7 +22,6 @@
 #ifndef QPC_PAGER_QUEUE_LENGTH
 #define QPC_PAGER_QUEUE_LENGTH 16384u
 #endif
-#define QPC_PAGER_NEARBY_LENGTH 64u
 #define QPC_PAGER_BACKGROUND_UNIT (128u << 10)
 
 /* Counters: one writer, any readers. A plain load and store is enough, and compiles to one add. */
@@ -49,13 +48,6 @@ struct fault {
     uint16_t failed; /* source or memory could not be had, rather than an event being first */
 };
 
-/* Pages [first, last) of a chunk around a fault that was answered. */
-struct nearby {
-    uint32_t block;
-    uint64_t first;
-    uint64_t last;
-};
-
 struct qpc_pager {
     int uffd;
     int stop_fd;
@@ -72,10 +64,6 @@ struct qpc_pager {
     uint32_t queue_head;
     uint32_t queue_count;
     int faults_dropped;  /* the ring was full: a wake-up of everything makes them come again */
-
-    struct nearby nearby[QPC_PAGER_NEARBY_LENGTH]; /* a stack that forgets its oldest entries */
-    uint32_t nearby_next;
-    uint32_t nearby_count;
 
     uint64_t background_block;
     uint64_t background_tokens;
@@ -167,9 +155,6 @@ struct fault qpc_pager_unqueue_fault(struct qpc_pager *p);
  * waits for a broken source delays nobody else.
  */
 uint64_t qpc_pager_serve_queue(struct qpc_pager *p);
-
-/* Fills a piece of a chunk around a fault that was answered; to be called while nearby_count > 0. */
-void qpc_pager_fill_nearby(struct qpc_pager *p);
 
 /*
  * Fills one unit. Returns the time before which nothing more is to be done in the background: 0 =
