@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -139,8 +141,9 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 def snapshot(qmp: Path, image: Path, then: str, max_downtime: int | None, as_json: bool) -> None:
     """Save the guest behind the monitor socket QMP into the directory IMAGE.
 
-    The guest stops while its memory is written and then goes on as before. Interrupting (Ctrl-C)
-    leaves no image and the guest running. Disks are not part of an image: keep them as they were
+    The guest stops while its memory is written and then goes on as before (a paused one stays
+    stopped, in QEMU's state `postmigrate`). Interrupting (Ctrl-C) leaves no image and the guest
+    running. Disks are not part of an image: keep them as they were
     at that moment.
 
     \b
@@ -283,6 +286,10 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
                     break
     except KeyboardInterrupt:
         if "loaded" not in reached:
+            # It leads a session of its own, so the terminal's interrupt did not reach it.
+            os.kill(sidecar.pid, signal.SIGTERM)
+            for _ in sidecar.events():
+                pass
             raise
         click.echo(
             f"{run.name} runs on and is served by PID {sidecar.pid}; see: qemu-postcopy status",

@@ -13,16 +13,25 @@ import asyncio
 import logging
 import shlex
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qemu_postcopy.errors import GuestEndedError, MismatchError, PostcopyError, UsageError
-from qemu_postcopy.session import Session, SessionOptions, State, StateChange
+from qemu_postcopy.errors import (
+    GuestEndedError,
+    MismatchError,
+    OperationCancelledError,
+    UsageError,
+)
+from qemu_postcopy.session import Session, SessionOptions, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from qemu_postcopy.image.image import Image
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +73,9 @@ async def restore(
 ) -> Session:
     """Restores and serves until the guest has all of its memory; returns the detached session.
 
+    SIGTERM and SIGINT are taken over where this runs in the main thread.  Cancelling it when there
+    is a guest leaves that waiting for another sidecar.
+
     Raises:
         PostcopyError: before there is a guest (the session's state says how far it came): nothing
             was lost.
@@ -72,44 +84,84 @@ async def restore(
     from qemu_postcopy.image.image import Image
 
     image = Image.open(options.image)
-    if options.verify:
-        await asyncio.to_thread(image.verify)
     session = Session(image, run, options.session, listener)
     control = ControlServer(run.control_socket, _handlers(session))
-    loop = asyncio.get_running_loop()
-    try:
-        if options.qmp is not None:
-            await session.find(options.qmp)
-        else:
-            await session.launch(command_line(image.manifest, options, run))
-        session.attach()
-        session.serve()
-        await control.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _finish, session)
-        await session.load_device_state()
-        if not options.paused:
-            await session.resume()
-        session.start_background()
-        await session.release_monitor()
-        await session.wait_complete()
-        session.detach()
-        return session
-    except PostcopyError:
-        raise
-    except Exception:
-        if session.state not in (State.LOADED, State.RUNNING, State.COMPLETE):
+    with _signals(session):
+        try:
+            if options.verify:
+                await _verify(image)
+            if options.qmp is not None:
+                await session.find(options.qmp)
+            else:
+                await session.launch(command_line(image.manifest, options, run))
+            session.attach()
+            session.serve()
+            await control.start()
+            await session.load_device_state()
+            if not options.paused:
+                await session.resume()
+            session.start_background()
+            await session.release_monitor()
+            await session.wait_complete()
+            session.detach()
+            return session
+        except GuestEndedError:
             raise
-        # There is a guest, and data of it is missing: whatever went wrong here, serve on.
-        log.exception("the control plane failed; the guest is served on without it")
-        await session.wait_gone()
-        raise GuestEndedError("QEMU has ended", vm=session.run.name) from None
+        except Exception:
+            if not session.has_guest():
+                raise
+            # There is a guest, and data of it is missing: whatever went wrong here, serve on.
+            log.exception("the control plane failed; the guest is served on without it")
+            session.start_background()
+            await session.wait_gone()
+            raise GuestEndedError("QEMU has ended", vm=session.run.name) from None
+        finally:
+            await control.close()
+            await session.close()
+            run.release()
+
+
+@contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """SIGTERM and SIGINT end a restore that has no guest yet, and hurry one that has: the rest is
+    filled at full speed, then it detaches.  A guest is never abandoned."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def end() -> None:
+        if session.has_guest():
+            log.warning("asked to end: filling the rest, then detaching")
+            session.fill_at_full_speed()
+        else:
+            log.warning("asked to end before there was a guest")
+            task.cancel()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    with suppress(ValueError, RuntimeError):  # not in the main thread: signals are the caller's
+        for number in numbers:
+            loop.add_signal_handler(number, end)
+    try:
+        yield
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with suppress(ValueError, RuntimeError):
+        with suppress(ValueError, RuntimeError):
+            for number in numbers:
                 loop.remove_signal_handler(number)
-        await control.close()
-        await session.close()
+
+
+async def _verify(image: Image) -> None:
+    """Checks all hashes in a thread, which a cancellation ends."""
+    cancelled = threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        if cancelled.is_set():
+            raise OperationCancelledError("the restore was interrupted")
+
+    try:
+        await asyncio.to_thread(image.verify, progress)
+    except asyncio.CancelledError:
+        cancelled.set()
+        raise
 
 
 def command_line(manifest: Any, options: RestoreOptions, run: RunDirectory) -> list[str]:
@@ -142,13 +194,6 @@ def command_line(manifest: Any, options: RestoreOptions, run: RunDirectory) -> l
     argv += options.extra_arguments
     log.info("launching %s", shlex.join(argv))
     return argv
-
-
-def _finish(session: Session) -> None:
-    """SIGTERM and SIGINT: never abandon a guest; fill the rest at full speed, then detach."""
-    log.warning("asked to end: filling the rest, then detaching")
-    if session.pager is not None:
-        session.pager.set_background(True, 0)
 
 
 def _handlers(session: Session) -> dict[str, Any]:

@@ -137,6 +137,7 @@ class Session:
         self._userfaultfd_number = -1
         self._features = 0
         self._device_state = -1
+        self._load_begun = False
         self._sources: dict[tuple[str, int], tuple[int, int, bytearray]] = {}
         self._ledger: Ledger | None = None
         self._cleanup = contextlib.ExitStack()
@@ -157,11 +158,11 @@ class Session:
 
         self._require(State.FOUND)
         self.launched_ns = time.monotonic_ns()
-        self._owned = launch(argv, self.run.path)
-        self._cleanup.callback(self._owned.close)
-        self.identity = self._owned.identity
-        self._prepare()
         try:
+            self._owned = launch(argv, self.run.path)
+            self._cleanup.callback(self._owned.close)
+            self.identity = self._owned.identity
+            self._prepare()
             self._qmp = await self._owned.connect()
         except LaunchError as error:
             from qemu_postcopy.vm.fit import launch_failure
@@ -275,6 +276,7 @@ class Session:
         self._require(State.LOADED)
         assert self._qmp is not None and self.identity is not None
         self.identity.require_alive()
+        self._load_begun = True
         try:
             await migration.load(self._qmp, self._device_state)
         except PostcopyError as error:
@@ -293,6 +295,15 @@ class Session:
         assert self._qmp is not None
         await migration.let_run(self._qmp)
         self._enter(State.RUNNING)
+
+    def has_guest(self) -> bool:
+        """True while there is a guest that depends on this session."""
+        return self.state in (State.LOADED, State.RUNNING, State.COMPLETE)
+
+    def fill_at_full_speed(self) -> None:
+        """Fills the rest now, whatever the options say."""
+        assert self.pager is not None
+        self.pager.set_background(True, 0)
 
     async def release_monitor(self) -> None:
         """Gives the monitor back to its operators; it is not needed for serving."""
@@ -510,10 +521,14 @@ class Session:
         )
 
     def _unregister_empty(self) -> None:
-        """QEMU is somebody else's and nothing was loaded: leave it as it was found."""
+        """QEMU is somebody else's: where nothing was loaded it is left as it was found.
+
+        Once a load has begun it may have gone through, however it looks from here; then QEMU must
+        not run on memory that is not there, but wait.
+        """
         from qemu_postcopy.paging import registration
 
-        if self.pager is None:
+        if self.pager is None or self._load_begun:
             return
         for block in self._layout:
             with contextlib.suppress(PostcopyError):

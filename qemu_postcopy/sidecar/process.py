@@ -110,6 +110,12 @@ def serve(options: RestoreOptions, run: RunDirectory, reports: IO[str]) -> int:
         log.error("%s", error)
         report("error", **{"class": type(error).__name__}, message=error.message, hint=error.hint)
         return error.exit_code
+    except asyncio.CancelledError:
+        interrupted = errors.OperationCancelledError("interrupted before there was a guest")
+        report(
+            "error", **{"class": type(interrupted).__name__}, message=interrupted.message, hint=""
+        )
+        return interrupted.exit_code
     except Exception as error:
         log.exception("the sidecar failed")
         report("error", **{"class": "SidecarError"}, message=f"internal error: {error!r}", hint="")

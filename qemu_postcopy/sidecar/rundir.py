@@ -7,6 +7,7 @@ log, and ``session.json``, which says which process is paged from which image.  
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -67,6 +68,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Locked by whoever restores into it, and inherited by its sidecar.
+        self._lock = -1
 
     @property
     def name(self) -> str:
@@ -100,7 +103,7 @@ class RunDirectory:
         Raises:
             UsageError: the name cannot be one.
             HostError: it, or the directory above, belongs to somebody else or cannot be made.
-            StateError: a guest of that name runs.
+            StateError: a guest of that name runs, or is being restored.
         """
         if not NAME.fullmatch(name):
             raise UsageError(
@@ -126,14 +129,34 @@ class RunDirectory:
                         f"a guest named {name} runs already (PID {record.pid})",
                         hint=f"choose another name by --name, or end it: kill {record.pid}",
                     )
+                directory._take_lock()
                 shutil.rmtree(directory.path)
             directory.path.mkdir(mode=0o700)
+            directory._take_lock()
         except OSError as error:
             raise HostError(
                 f"cannot make the run directory {directory.path}: {error.strerror}",
                 hint="choose another place by QEMU_POSTCOPY_RUN_DIR",
             ) from error
         return directory
+
+    def _take_lock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"a guest named {self.name} is being restored or served",
+                hint="choose another name by --name, or see: qemu-postcopy status",
+            ) from None
+
+    def release(self) -> None:
+        """Lets others restore under this name again, once its guest has ended."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     @classmethod
     def find(cls, name: str, base: Path | None = None) -> Self:

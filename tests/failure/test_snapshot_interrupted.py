@@ -44,6 +44,8 @@ class Witness:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell's background job has SIGINT ignored, and so has what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.tool = ProcessIdentity.open(self.popen.pid)
 

@@ -81,13 +81,25 @@ def test_directory_of_a_guest_that_has_ended_is_emptied(base: Path) -> None:
     # Same PID, other process: the start time tells.
     run.write_record(SessionRecord("/image", "running", living.pid, living.start_time - 1))
     (run.path / "console.log").write_text("old")
+    run.release()
     assert list(RunDirectory.create("vm", base).path.iterdir()) == []
 
 
 def test_directory_of_a_restore_that_failed_is_emptied_though_qemu_lives(base: Path) -> None:
     """A QEMU of somebody else's waits on for the next try."""
-    RunDirectory.create("vm", base).write_record(record_of_this_process("failed"))
+    run = RunDirectory.create("vm", base)
+    run.write_record(record_of_this_process("failed"))
+    run.release()
     assert list(RunDirectory.create("vm", base).path.iterdir()) == []
+
+
+def test_name_that_is_being_restored_is_refused(base: Path) -> None:
+    """Also in the time before there is a record of it."""
+    run = RunDirectory.create("vm", base)
+    with pytest.raises(StateError, match="vm is being restored"):
+        RunDirectory.create("vm", base)
+    run.release()
+    RunDirectory.create("vm", base).release()
 
 
 @pytest.mark.needs("root")
