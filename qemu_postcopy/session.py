@@ -199,30 +199,34 @@ class Session:
         self._enter(State.FOUND)
 
     def attach(self) -> None:
-        """Makes sure that RAM is empty and takes the userfaultfd, if launching did not do so.
+        """Empties RAM that is filled ahead, and takes the userfaultfd if launching did not do so.
 
         Raises:
             AttachError: rights are missing, or RAM is of a kind that cannot be paged; QEMU is left
                 as it was.
         """
-        from qemu_postcopy.vm.attach import drop_ptrace_rights
         from qemu_postcopy.vm.emptiness import ensure_empty
 
         self._require(State.ATTACHED)
         assert self.identity is not None
         for block in self._layout:
-            ensure_empty(block, self.identity)
+            if block.file_key is not None:  # other memory can only be checked, which serve() does
+                ensure_empty(block, self.identity)
         if self._userfaultfd < 0:
             self._take_userfaultfd()
-        if self.options.drop_rights:
-            drop_ptrace_rights()
         self._enter(State.ATTACHED)
 
     def serve(self) -> None:
-        """Registers every block and starts the pager."""
+        """Registers every block, makes sure that all of them are empty, and starts the pager.
+
+        Raises:
+            AttachError: a page is there already, or another userfaultfd has the memory.
+        """
         from qemu_postcopy.paging import registration
         from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
         from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager, PagerBlock
+        from qemu_postcopy.vm.attach import drop_ptrace_rights
+        from qemu_postcopy.vm.emptiness import require_empty
 
         self._require(State.SERVING)
         assert self.identity is not None
@@ -257,10 +261,14 @@ class Session:
         try:
             for block in self._layout:
                 registration.register(self._userfaultfd, block.address, block.size_bytes)
+                require_empty(block, self.identity)
         except PostcopyError:
             # ENOMEM also says that the process has exited (userfaultfd_register, fs/userfaultfd.c).
             self.identity.require_alive()
             raise
+        # Before the pager's thread: each thread has rights of its own.
+        if self.options.drop_rights:
+            drop_ptrace_rights()
         self.pager.start()
         self._enter(State.SERVING)
 
@@ -445,7 +453,11 @@ class Session:
         self.state = state
         elapsed = time.monotonic() - self._began
         if state in RECORDED:
-            self._record()
+            try:
+                self._record()
+            except OSError as error:
+                # No reason to give up a guest, nor to leave one's QEMU behind.
+                log.warning("session.json in %s cannot be written: %s", self.run.path, error)
         if self._listener is not None:
             self._listener(StateChange(state, elapsed))
 

@@ -44,28 +44,11 @@ def ensure_empty(block: RamBlock, identity: ProcessIdentity) -> Emptied:
     back-end), or private memory is filled already, which cannot be emptied from outside
     (process_madvise(2) offers no MADV_DONTNEED for another process).
     """
-    if block.file_key is None or block.file_path is None:
-        if _pages_present(identity, block.address, block.size_bytes):
-            raise AttachError(
-                f"private memory {block.name!r} of QEMU (PID {identity.pid}) is filled already, "
-                "and cannot be emptied from outside",
-                hint="Start QEMU without prealloc=on and mem-lock, or with memory-backend-memfd.",
-                vm=identity.pid,
-                block=block.name,
-            )
+    if block.file_key is None:
+        require_empty(block, identity)
         return Emptied(block.name, 0)
     refuse_other_mappers(block, identity)
-    try:
-        descriptor = os.open(block.file_path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        identity.require_alive()
-        raise AttachError(
-            f"cannot open the memory {block.name!r} of QEMU (PID {identity.pid}) by "
-            f"{block.file_path}: {error.strerror}",
-            hint="Run as root, or as the user that QEMU runs as.",
-            vm=identity.pid,
-            block=block.name,
-        ) from error
+    descriptor = _open(block, identity, os.O_RDWR)
     try:
         filled_bytes = _filled_bytes(descriptor, block)
         if filled_bytes:
@@ -81,6 +64,52 @@ def ensure_empty(block: RamBlock, identity: ProcessIdentity) -> Emptied:
     finally:
         os.close(descriptor)
     return Emptied(block.name, filled_bytes)
+
+
+def require_empty(block: RamBlock, identity: ProcessIdentity) -> None:
+    """Checks only.  Asked once more when the block is registered: from then on no page can come but
+    by a fault, so what is missing now was never there.
+
+    Raises: AttachError where a page is present.
+    """
+    if block.file_key is None:
+        if _pages_present(identity, block.address, block.size_bytes):
+            raise AttachError(
+                f"private memory {block.name!r} of QEMU (PID {identity.pid}) is filled already, "
+                "and cannot be emptied from outside",
+                hint="Start QEMU without prealloc=on and mem-lock, or with memory-backend-memfd.",
+                vm=identity.pid,
+                block=block.name,
+            )
+        return
+    descriptor = _open(block, identity, os.O_RDONLY)
+    try:
+        filled_bytes = _filled_bytes(descriptor, block)
+    finally:
+        os.close(descriptor)
+    if filled_bytes:
+        raise AttachError(
+            f"memory {block.name!r} of QEMU (PID {identity.pid}) was written to while it was "
+            f"attached to: {filled_bytes} bytes",
+            hint="Stop whatever writes to it; QEMU itself must wait in -incoming defer.",
+            vm=identity.pid,
+            block=block.name,
+        )
+
+
+def _open(block: RamBlock, identity: ProcessIdentity, flags: int) -> int:
+    assert block.file_path is not None
+    try:
+        return os.open(block.file_path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        identity.require_alive()
+        raise AttachError(
+            f"cannot open the memory {block.name!r} of QEMU (PID {identity.pid}) by "
+            f"{block.file_path}: {error.strerror}",
+            hint="Run as root, or as the user that QEMU runs as.",
+            vm=identity.pid,
+            block=block.name,
+        ) from error
 
 
 def refuse_other_mappers(block: RamBlock, identity: ProcessIdentity) -> None:
