@@ -18,11 +18,11 @@ from qemu_postcopy.errors import ImageError
 from qemu_postcopy.image.manifest import (
     MANIFEST_BYTES_MAX,
     MANIFEST_FILE,
+    STATE_FILE,
     Manifest,
     parse_manifest,
 )
 from qemu_postcopy.image.page_data import SEGMENT_BYTES, data_bitmap, hash_file, hash_segment
-from qemu_postcopy.image.stream import STATE_FILE
 
 #: Bytes done, bytes in all.  Called from several threads, one at a time; what it raises ends the
 #: operation.

@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 from qemu_postcopy.errors import ImageError
 from qemu_postcopy.image.page_data import SEGMENT_BYTES
 from qemu_postcopy.image.records import BLOCK_BYTES_MAX, BLOCKS_MAX
-from qemu_postcopy.image.stream import RAM_DIRECTORY, STATE_FILE
 
+#: An image is a directory with these in it.
 MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.bin"
+RAM_DIRECTORY = "ram"
 FORMAT = "qemu-postcopy-image"
 FORMAT_VERSION = 1
 MANIFEST_BYTES_MAX = 64 << 20

@@ -18,6 +18,7 @@ from pathlib import Path
 from qemu_postcopy.errors import HostError, UsageError
 from qemu_postcopy.image import mapped_ram, page_data
 from qemu_postcopy.image.device_state import DeviceSection, read_device_part
+from qemu_postcopy.image.manifest import RAM_DIRECTORY, STATE_FILE
 from qemu_postcopy.image.records import (
     COMMANDS,
     LAZY_MAGIC,
@@ -41,8 +42,6 @@ from qemu_postcopy.image.records import (
     read_section_header,
 )
 
-STATE_FILE = "state.bin"
-RAM_DIRECTORY = "ram"
 #: Imports serve smaller blocks eagerly: they are ROMs and tables, and load in no time.
 LAZY_BLOCK_BYTES_MIN = 16 << 20
 #: Parts of names of blocks that devices and firmware use while the device state is loaded.

@@ -25,6 +25,8 @@ from qemu_postcopy.image.image import Image, Progress, Steps, hash_block
 from qemu_postcopy.image.manifest import (
     DEFAULT_CHUNK_BYTES,
     MANIFEST_FILE,
+    RAM_DIRECTORY,
+    STATE_FILE,
     Block,
     Manifest,
     Provenance,
@@ -32,7 +34,7 @@ from qemu_postcopy.image.manifest import (
     parse_manifest,
 )
 from qemu_postcopy.image.page_data import hash_file
-from qemu_postcopy.image.stream import RAM_DIRECTORY, STATE_FILE, BlockSummary, StreamSummary
+from qemu_postcopy.image.stream import BlockSummary, StreamSummary
 
 _LEFTOVER_SUFFIX = ".qpc-partial"
 
