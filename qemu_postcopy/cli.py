@@ -139,7 +139,9 @@ def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
 def snapshot(qmp: Path, image: Path, then: str, max_downtime: int | None, as_json: bool) -> None:
-    """Save the guest behind the monitor socket QMP into the directory IMAGE.
+    """Save a running guest into the directory IMAGE.
+
+    QMP is the guest's monitor socket.
 
     The guest stops while its memory is written and then goes on as before (a paused one stays
     stopped, in QEMU's state `postmigrate`). Interrupting (Ctrl-C) leaves no image and the guest
@@ -239,9 +241,10 @@ def restore(
 @click.argument("image", type=click.Path(path_type=Path))
 @serving_options
 def attach(qmp: Path, image: Path, **rest: Any) -> None:
-    """Resume IMAGE in a QEMU that waits, started by somebody else with -incoming defer -S.
+    """Resume IMAGE in a QEMU that waits for it.
 
-    QMP is its monitor socket. Nothing else may be connected to it meanwhile.
+    Somebody else has started it with -incoming defer -S. QMP is its monitor socket. Nothing else
+    may be connected to it meanwhile.
 
     \b
     Example:
@@ -272,7 +275,9 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
     )
     run = RunDirectory.create(options.run_name())
     if rest["foreground"]:
-        sys.exit(process.serve(options, run, sys.stderr))
+        status = process.serve(options, run, sys.stderr)
+        run.discard_unused()
+        sys.exit(status)
     sidecar = process.spawn(options, run)
     reached: dict[str, float] = {}
     last: dict[str, Any] = {}
@@ -296,6 +301,9 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
             err=True,
         )
         sys.exit(130)
+    except PostcopyError:
+        run.discard_unused()
+        raise
     record = run.read_record()
     result = {
         "name": run.name,

@@ -32,6 +32,7 @@ from qemu_postcopy.errors import (
     MismatchError,
     PostcopyError,
     StateError,
+    UsageError,
 )
 from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
 
@@ -94,6 +95,17 @@ class SessionOptions:
     allow_newer_qemu: bool = False
     #: give CAP_SYS_PTRACE up, for the whole process and for good, once it is not needed any more
     drop_rights: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a chunk size or rate that cannot be."""
+        chunk = self.chunk_size
+        if chunk is not None and not (4096 <= chunk <= 2 << 20 and chunk & (chunk - 1) == 0):
+            raise UsageError(
+                f"a chunk of {chunk} bytes cannot be",
+                hint="a power of two from 4K to 2M",
+            )
+        if self.background_rate < 0:
+            raise UsageError("a rate cannot be negative", hint="0 is no limit")
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,11 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = -1
 
+    def discard_unused(self) -> None:
+        """Removes a directory in which nothing was restored."""
+        if self.read_record(missing_ok=True) is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     @classmethod
     def find(cls, name: str, base: Path | None = None) -> Self:
         """The directory of a guest that was restored before.
