@@ -7,13 +7,11 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "pager_state.h"
 
-#define PAGER_NICE (-15)
 #define BUSY_YIELD_NS 50000ull /* so long: somebody else needs this processor */
 #define BUSY_PAUSE_FIRST_NS 10000000ull
 #define BUSY_PAUSE_LAST_NS 160000000ull
@@ -97,11 +95,6 @@ static void *pager_thread(void *argument)
     struct qpc_pager *p = argument;
 
     pthread_setname_np(pthread_self(), "qpc-pager");
-    /*
-     * A guest waits for each wake-up of this thread, so it goes before ordinary work where that is
-     * allowed (nice(2) below 0 needs CAP_SYS_NICE); polling gives the processor back by sched_yield.
-     */
-    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), PAGER_NICE);
     atomic_store_explicit(&p->thread_id, (int)syscall(SYS_gettid), memory_order_relaxed);
     p->background_refill_ns = p->background_filled_ns = p->gave_way_ns = now_ns();
     while (!stop_wanted(p) && GET(p->statistics.state) != QPC_PAGER_MAPPER_GONE) {
