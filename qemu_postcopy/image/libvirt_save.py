@@ -96,15 +96,19 @@ def open_stream(fd: int, header: SaveHeader) -> Iterator[tuple[int, int]]:
             target=_pump, args=(unpacked, write_fd, errors), name="qpc-decompress", daemon=True
         )
         thread.start()
+        failure: Exception | None = None
         try:
             yield read_fd, 0
         except Exception as error:
-            if errors:
-                fail(f"the {header.format} data of the save file is damaged: {errors[0]}")
-            raise error
+            failure = error
         finally:
             os.close(read_fd)
             thread.join()
+        # Asked after the thread has ended: the reader sees the end of the pipe before that.
+        if failure is not None:
+            if errors:
+                fail(f"the {header.format} data of the save file is damaged: {errors[0]}")
+            raise failure
 
 
 def _unpack(name: str, packed: IO[bytes]) -> io.BufferedIOBase:
