@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
+from qemu_postcopy.errors import PostcopyError
 from qemu_postcopy.image.records import fail
 
 MAGIC = b"LibvirtQemudSave"
@@ -96,10 +97,10 @@ def open_stream(fd: int, header: SaveHeader) -> Iterator[tuple[int, int]]:
             target=_pump, args=(unpacked, write_fd, errors), name="qpc-decompress", daemon=True
         )
         thread.start()
-        failure: Exception | None = None
+        failure: PostcopyError | OSError | None = None
         try:
             yield read_fd, 0
-        except Exception as error:
+        except (PostcopyError, OSError) as error:
             failure = error
         finally:
             os.close(read_fd)
