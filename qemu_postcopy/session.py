@@ -174,20 +174,22 @@ class Session:
             self._owned = launch(argv, self.run.path)
             self._cleanup.callback(self._owned.close)
             self.identity = self._owned.identity
-            self._prepare()
-            self._qmp = await self._owned.connect()
+            # The descriptor is opened while QEMU starts, by one of its helper threads.  Our thread
+            # that does it ends here: rights are dropped thread by thread.
+            with ThreadPoolExecutor(1) as executor:
+                loop = asyncio.get_running_loop()
+                taking = loop.run_in_executor(executor, self._take_userfaultfd_early)
+                try:
+                    await self._prepare_and_connect()
+                finally:
+                    # What went wrong there counts only if QEMU itself has come up.
+                    await asyncio.wait({taking})
+            taking.result()
         except LaunchError as error:
             from qemu_postcopy.vm.fit import launch_failure
 
             raise launch_failure(error, self.image.manifest) from error
-        # Opening the descriptor stops one helper thread of QEMU's, so QEMU can answer meanwhile.
-        # Our thread that does it ends here: rights are dropped thread by thread.
-        with ThreadPoolExecutor(1) as executor:
-            taking = asyncio.get_running_loop().run_in_executor(executor, self._take_userfaultfd)
-            try:
-                await self._check_fit()
-            finally:
-                await taking
+        await self._check_fit()
         self._enter(State.FOUND)
 
     async def find(self, qmp_path: Path) -> None:
@@ -523,6 +525,23 @@ class Session:
             size = self.image.manifest.block(name).size_bytes
             self._sources[key] = (fd, offset, data_bitmap(fd, offset, size, page_size))
         return self._sources[key]
+
+    async def _prepare_and_connect(self) -> None:
+        """What can be done while QEMU starts, and its answers as soon as it has started."""
+        from qemu_postcopy.vm.fit import QUESTIONS
+        from qemu_postcopy.vm.migration import LOAD_QUESTIONS
+
+        assert self._owned is not None
+        self._prepare()
+        self._owned.ask_ahead((*QUESTIONS, *LOAD_QUESTIONS), self._device_state)
+        self._qmp = await self._owned.connect()
+
+    def _take_userfaultfd_early(self) -> None:
+        from qemu_postcopy.vm.attach import wait_for_helper_thread
+
+        assert self.identity is not None
+        wait_for_helper_thread(self.identity)
+        self._take_userfaultfd()
 
     def _take_userfaultfd(self) -> None:
         from qemu_postcopy.vm.attach import take_userfaultfd

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from qemu_postcopy._native import check, ffi, lib, new_error
 from qemu_postcopy.errors import AttachError, AttachTimeoutError, PostcopyError, TargetGoneError
 from qemu_postcopy.vm.process import ProcessIdentity, Thread
 
+#: How long a QEMU that was just started may take to have a second thread, and how often to look.
+HELPER_LIMIT_SECONDS = 0.1
+HELPER_POLL_SECONDS = 0.001
 PER_THREAD_LIMIT_MS = 50
 TOTAL_LIMIT_MS = 2000
 DEVICE = Path("/dev/userfaultfd")
@@ -67,6 +71,17 @@ def thread_order(threads: Iterable[Thread], pid: int) -> list[int]:
         return 1 if others and thread is others[0] else 3
 
     return [thread.tid for thread in sorted(ordered, key=rank)]
+
+
+def wait_for_helper_thread(identity: ProcessIdentity) -> None:
+    """Returns when a QEMU that was just started has a thread beside its main one.
+
+    `call_rcu` is created by a constructor, long before the machine is built, so the descriptor can
+    be opened while QEMU starts.  After HELPER_LIMIT_SECONDS it returns in any case.
+    """
+    deadline = time.monotonic() + HELPER_LIMIT_SECONDS
+    while len(identity.threads()) < 2 and time.monotonic() < deadline:
+        time.sleep(HELPER_POLL_SECONDS)
 
 
 def take_userfaultfd(identity: ProcessIdentity) -> TakenDescriptor:

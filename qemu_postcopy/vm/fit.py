@@ -13,9 +13,24 @@ from collections.abc import Sequence
 from qemu_postcopy.errors import LaunchError, MismatchError, PostcopyError, StateError
 from qemu_postcopy.image.manifest import Manifest
 from qemu_postcopy.vm.layout import RamBlock, read_layout
+from qemu_postcopy.vm.opening import Question
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.qmp import Qmp
 from qemu_postcopy.vm.refusals import refusals
+
+#: What :func:`check_fit` asks of every QEMU, to be asked ahead; what is missing here is asked then.
+QUESTIONS: tuple[Question, ...] = (
+    ("query-status", None),
+    ("query-target", None),
+    ("qom-get", {"path": "/machine", "property": "type"}),
+    ("qom-list", {"path": "/machine/peripheral"}),
+    ("qom-list", {"path": "/machine/peripheral-anon"}),
+    ("human-monitor-command", {"command-line": "info network"}),
+    ("qom-get", {"path": "/machine", "property": "confidential-guest-support"}),
+    ("query-memdev", None),
+    ("human-monitor-command", {"command-line": "info ramblock"}),
+    ("human-monitor-command", {"command-line": "gpa2hva 0"}),
+)
 
 
 async def check_fit(

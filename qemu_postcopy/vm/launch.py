@@ -32,6 +32,7 @@ from qemu_postcopy.errors import (
 from qemu_postcopy.vm.process import ProcessIdentity
 
 if TYPE_CHECKING:
+    from qemu_postcopy.vm.opening import Question
     from qemu_postcopy.vm.qmp import Qmp
 
 CONTROL_ID = "qpc-control"
@@ -94,6 +95,7 @@ class QemuProcess:
         self.qmp_path = run_dir / SOCKET_NAME
         self._control: socket.socket | None = control
         self._returncode: int | None = None
+        self._asked: Sequence[Question] | None = None
 
     @property
     def pid(self) -> int:
@@ -103,6 +105,20 @@ class QemuProcess:
         """The end of what QEMU wrote."""
         text = self.log_path.read_bytes()[-SHOWN_OUTPUT_BYTES:]
         return text.decode(errors="replace")
+
+    def ask_ahead(self, questions: Sequence[Question], descriptor: int | None = None) -> None:
+        """Has QEMU answer these as soon as it can; before :meth:`connect`, at most once.
+
+        ``descriptor`` goes with a `getfd` among them.
+        """
+        from qemu_postcopy.vm.opening import ask_ahead
+
+        if self._control is None:
+            raise UsageError("the control monitor was taken before", hint="Connect to qmp_path.")
+        # A QEMU that has ended already is noticed by connect().
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            ask_ahead(self._control, questions, descriptor)
+        self._asked = questions
 
     async def connect(self, timeout: float = READY_SECONDS) -> Qmp:
         """Waits until QEMU is ready and returns its monitor, which can be had once.
@@ -117,7 +133,7 @@ class QemuProcess:
         if control is None:
             raise UsageError("the control monitor was taken before", hint="Connect to qmp_path.")
         try:
-            qmp = await Qmp.connect(control, timeout)
+            qmp = await Qmp.connect(control, timeout, self._asked)
         except QmpError as error:
             control.close()
             # A QEMU that has closed its monitor is about to end, and only then has said why.

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from qemu_postcopy.errors import QmpError, StateError
+from qemu_postcopy.vm.opening import Question
 from qemu_postcopy.vm.qmp import CommandError, Listener, Message, Qmp
 
 #: Capabilities that change the stream's format, or take the pages another way; off while we save.
@@ -37,7 +38,13 @@ NO_BANDWIDTH_LIMIT = 1 << 40
 #: QEMU's own upper bound of downtime-limit: 2000 seconds.
 LONGEST_DOWNTIME_MS = 2_000_000
 LOAD_SECONDS = 120.0
-DESCRIPTOR_NAME = "qemu-postcopy"
+DESCRIPTOR_NAME = "qpc"
+EVENTS_ON = {"capabilities": [{"capability": "events", "state": True}]}
+#: What :func:`load` sends before its command, to be asked ahead with the descriptor.
+LOAD_QUESTIONS: tuple[Question, ...] = (
+    ("migrate-set-capabilities", EVENTS_ON),
+    ("getfd", {"fdname": DESCRIPTOR_NAME}),
+)
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -54,10 +61,9 @@ async def load(qmp: Qmp, descriptor: int) -> None:
             ended then.
     """
     # Sent at once, answered in order. The capability stays on: QEMU then reports its migrations.
-    events = {"capabilities": [{"capability": "events", "state": True}]}
     with qmp.listen("MIGRATION") as listener:
         await asyncio.gather(
-            qmp.execute("migrate-set-capabilities", events),
+            qmp.execute("migrate-set-capabilities", EVENTS_ON),
             qmp.send_descriptor(DESCRIPTOR_NAME, descriptor),
             qmp.execute("migrate-incoming", {"uri": f"fd:{DESCRIPTOR_NAME}"}),
         )

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from qemu.qmp import Message as QmpMessage
 from qemu.qmp import StateError as QmpStateError
 
 from qemu_postcopy.errors import AttachError, QmpError
+from qemu_postcopy.vm.opening import Opening, Question, key_of, read_answers
 
 #: One message of QEMU's, as JSON gives it.
 Message = Mapping[str, Any]
@@ -102,13 +103,18 @@ class Qmp:
         self._peer_pid = 0
         self._listeners: list[EventListener] = []
         self._watcher: asyncio.Task[None] | None = None
+        # Answers that came with the opening; each is used once.
+        self._ahead: dict[str, Message] = {}
         #: QEMU's version, such as (7, 2, 22), and the distribution's name of the package
         self.version: tuple[int, int, int] = (0, 0, 0)
         self.package = ""
 
     @classmethod
     async def connect(
-        cls, address: Path | str | socket.socket, timeout: float = CONNECT_SECONDS
+        cls,
+        address: Path | str | socket.socket,
+        timeout: float = CONNECT_SECONDS,
+        asked: Sequence[Question] | None = None,
     ) -> Qmp:
         """Connects and negotiates.
 
@@ -117,6 +123,8 @@ class Qmp:
                 by this object).
             timeout: in seconds, for connection and greeting. A monitor serves one client at a
                 time: a second one waits for a greeting that does not come.
+            asked: what :func:`qemu_postcopy.vm.opening.ask_ahead` has written to that socket
+                before; :meth:`execute` finds those answers here.
 
         Raises: QmpError
         """
@@ -133,8 +141,12 @@ class Qmp:
         client.events.event_filter = lambda event: False
         qmp = cls(client, label)
         target = address if isinstance(address, socket.socket) else str(address)
+        opening: Opening | None = None
         try:
             async with asyncio.timeout(timeout):
+                if asked is not None and isinstance(address, socket.socket):
+                    opening = await read_answers(address, asked)
+                    client.await_greeting = client.negotiate = False
                 await client.connect(target)
         except TimeoutError as error:
             raise QmpError(
@@ -147,7 +159,12 @@ class Qmp:
                 f"cannot talk to QEMU on {label}: {cause or type(cause).__name__}",
                 hint="Check that QEMU runs and that the path is its QMP socket.",
             ) from error
-        qmp._read_greeting()
+        if opening is not None:
+            qmp._ahead = opening.answers
+            qmp._read_version(opening.greeting["QMP"]["version"])
+        elif client.greeting is not None:
+            qmp._read_version(client.greeting.QMP.version)
+        qmp._read_peer()
         qmp._watcher = asyncio.create_task(qmp._watch_end())
         return qmp
 
@@ -157,13 +174,12 @@ class Qmp:
         for listener in self._listeners:
             await listener.put(CONNECTION_ENDED)
 
-    def _read_greeting(self) -> None:
-        greeting = self._client.greeting
-        if greeting is not None:
-            described: Any = greeting.QMP.version
-            numbers = described["qemu"]
-            self.version = (numbers["major"], numbers["minor"], numbers["micro"])
-            self.package = described["package"]
+    def _read_version(self, described: Mapping[str, Any]) -> None:
+        numbers = described["qemu"]
+        self.version = (numbers["major"], numbers["minor"], numbers["micro"])
+        self.package = described["package"]
+
+    def _read_peer(self) -> None:
         transport = self._client._writer.transport  # type: ignore[union-attr]
         peer = transport.get_extra_info("socket")
         if peer.family == socket.AF_UNIX:
@@ -215,6 +231,11 @@ class Qmp:
         Raises: CommandError with QEMU's words; QmpError when the connection is lost or no answer
         came within ``timeout`` seconds.
         """
+        if (answer := self._answered_ahead(command, arguments)) is not None:
+            if "error" in answer:
+                error_class, said = answer["error"]["class"], answer["error"]["desc"]
+                raise CommandError(command, error_class, said)
+            return answer["return"]
         try:
             async with asyncio.timeout(timeout):
                 return await self._client.execute(command, dict(arguments) if arguments else None)
@@ -232,6 +253,9 @@ class Qmp:
                 f"QEMU's answer to {command} is not understood: {error}",
                 hint="Check that the socket is a QMP monitor.",
             ) from error
+
+    def _answered_ahead(self, command: str, arguments: Mapping[str, Any] | None) -> Message | None:
+        return self._ahead.pop(key_of(command, arguments), None) if self._ahead else None
 
     async def human(self, command_line: str) -> str:
         """Runs a command of the human monitor and returns its text."""
@@ -273,6 +297,10 @@ class Qmp:
 
         A descriptor that had this name is closed by QEMU.
         """
+        question = "getfd", {"fdname": name}
+        if key_of(*question) in self._ahead:  # it went with the question
+            await self.execute(*question)
+            return
         try:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError) as error:
@@ -280,7 +308,7 @@ class Qmp:
                 f"cannot pass a descriptor over {self._label}: {error}",
                 hint="Descriptors pass over Unix sockets only.",
             ) from error
-        await self.execute("getfd", {"fdname": name})
+        await self.execute(*question)
 
     # ---- facts about this QEMU ----
 

@@ -10,10 +10,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from qemu_postcopy.errors import HostError, LaunchError, QmpError, UsageError
+from qemu_postcopy.image.manifest import Manifest
+from qemu_postcopy.vm.fit import QUESTIONS, check_fit
 from qemu_postcopy.vm.launch import QemuProcess, launch
 from qemu_postcopy.vm.qmp import CommandError, Qmp
 from qemu_postcopy.vm.refusals import refusals
@@ -150,6 +154,41 @@ def test_capabilities_and_parameters_are_put_back(qemu: QemuProcess) -> None:
             assert await state(qmp) == before
 
     asyncio.run(talk())
+
+
+def test_fit_of_a_launched_qemu_is_checked_without_a_further_question(
+    qemu_binary: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would cost a round trip on the way to the guest's first instruction."""
+    asked: list[str] = []
+    process = launch(spec(qemu_binary, "-incoming", "defer").argv(run_dir), run_dir)
+    image = SimpleNamespace(
+        qemu_version=None,
+        architecture="x86_64",
+        machine="",
+        blocks=[SimpleNamespace(name="m0", size_bytes=MEMORY[0].size_bytes)],
+    )
+
+    async def talk() -> None:
+        process.ask_ahead(QUESTIONS)
+        async with await process.connect() as qmp:
+            async with await Qmp.connect(process.qmp_path) as operator:
+                image.machine = await operator.machine_type()
+            execute = qmp._client.execute
+
+            async def counted(command: str, arguments: dict[str, object] | None = None) -> object:
+                asked.append(command)
+                return await execute(command, arguments)
+
+            monkeypatch.setattr(qmp._client, "execute", counted)
+            await check_fit(qmp, process.identity, cast(Manifest, image), allow_newer=False)
+
+    try:
+        asyncio.run(talk())
+    finally:
+        process.kill()
+        process.close()
+    assert asked == []
 
 
 def test_failed_start_reports_exit_code_command_and_output(
