@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.image.image import Image
     from qemu_postcopy.paging.ledger import Ledger
     from qemu_postcopy.paging.pager import Pager, Statistics
+    from qemu_postcopy.paging.source import Source
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
     from qemu_postcopy.vm.process import ProcessIdentity
@@ -150,7 +151,7 @@ class Session:
         self._features = 0
         self._device_state = -1
         self._load_begun = False
-        self._sources: dict[tuple[str, int], tuple[int, int, bytearray]] = {}
+        self._sources: dict[tuple[str, int], tuple[Source, int, bytearray]] = {}
         self._ledger: Ledger | None = None
         self._cleanup = contextlib.ExitStack()
 
@@ -511,19 +512,20 @@ class Session:
         for block in self.image.manifest.blocks:
             self._page_data(block.name, block.page_size_bytes)
 
-    def _page_data(self, name: str, page_size: int) -> tuple[int, int, bytearray]:
-        """A block's page file, the offset of its first byte, and which of its pages have data.
+    def _page_data(self, name: str, page_size: int) -> tuple[Source, int, bytearray]:
+        """A block's source, the offset of its first byte, and which of its pages have data.
 
         Computed once for each page size: a guest may be restored into a back-end of another one.
         """
         from qemu_postcopy.image.page_data import data_bitmap
+        from qemu_postcopy.paging.source import FileSource
 
         key = (name, page_size)
         if key not in self._sources:
             fd, offset = self.image.open_block(name)
-            self._cleanup.callback(os.close, fd)
+            source = self._cleanup.enter_context(FileSource(fd))
             size = self.image.manifest.block(name).size_bytes
-            self._sources[key] = (fd, offset, data_bitmap(fd, offset, size, page_size))
+            self._sources[key] = (source, offset, data_bitmap(fd, offset, size, page_size))
         return self._sources[key]
 
     async def _prepare_and_connect(self) -> None:

@@ -11,8 +11,9 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 CDEF = re.compile(r"/\* cdef-begin \*/(.*?)/\* cdef-end \*/", re.DOTALL)
-# error.h first: the others use its types.
-HEADERS = sorted(HERE.glob("*.h"), key=lambda path: (path.name != "error.h", path.name))
+# Those whose types the others use come first.
+FIRST = ("error.h", "source.h")
+HEADERS = sorted(HERE.glob("*.h"), key=lambda path: (path.name not in FIRST, path.name))
 SOURCES = sorted(path for path in HERE.glob("*.c") if path.name != "_core.c")
 FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
 

@@ -131,7 +131,7 @@ static int check_block(const struct qpc_pager_block *b, uint32_t index, struct q
     if (!b->length || b->length % size || b->address % size || b->address + b->length < b->address)
         return qpc_error_set(err, QPC_INVALID, 0, "block %u: address or length is not page-aligned",
                              index);
-    if (b->source_fd < 0 || !b->data_bitmap || !b->ledger)
+    if (!b->source || !b->data_bitmap || !b->ledger)
         return qpc_error_set(err, QPC_INVALID, 0, "block %u: no source, bitmap or ledger", index);
     return 0;
 }

@@ -2,7 +2,7 @@
  * The pager: one thread that answers the faults of one userfaultfd.
  *
  *   read a batch -> note REMOVE and UNMAP in the ledger -> serve the faults
- *   (page data from a file by COPY, known zeros by ZEROPAGE) -> fill in the
+ *   (page data from its source by COPY, known zeros by ZEROPAGE) -> fill in the
  *   background while nobody waits -> spin for a little, then sleep
  *
  * After qpc_pager_start() that thread alone touches the pager, the ledger and
@@ -15,6 +15,7 @@
 #define QPC_PAGER_H
 
 #include "error.h"
+#include "source.h"
 
 /* cdef-begin */
 /* One byte per page in the ledger, written by the pager thread only. */
@@ -30,8 +31,8 @@ struct qpc_pager_block {
     uint64_t address;           /* in the mapper */
     uint64_t length;            /* bytes */
     uint64_t page_size;         /* 4096, or the huge page size of the back-end */
-    uint64_t source_offset;     /* of the block's first byte in source_fd */
-    int source_fd;              /* read with pread(2); not closed by the pager */
+    uint64_t source_offset;     /* of the block's first byte in the source */
+    struct qpc_source *source;  /* not closed by the pager */
     const uint8_t *data_bitmap; /* one bit per page, least significant first: 1 = data, 0 = known zero */
     uint8_t *ledger;            /* one enum qpc_page_state per page */
 };
@@ -101,8 +102,8 @@ struct qpc_pager;
 
 /*
  * Checks the blocks and options; allocates all that will be needed. Pages whose ledger byte is
- * PRESENT or REMOVED count as done. The blocks are copied; bitmaps, ledgers, journal and descriptors
- * must live until qpc_pager_destroy().
+ * PRESENT or REMOVED count as done. The blocks are copied; bitmaps, ledgers, journal, sources and
+ * descriptors must live until qpc_pager_destroy().
  */
 struct qpc_pager *qpc_pager_create(const struct qpc_pager_options *options,
                                    const struct qpc_pager_block *blocks, uint32_t block_count,

@@ -2,8 +2,6 @@
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "pager_state.h"
 #include "uffd.h"
@@ -41,34 +39,17 @@ static void wake(struct qpc_pager *p, uint64_t start, uint64_t length)
     qpc_uffd_wake(p->uffd, start, length, NULL);
 }
 
-/*
- * Reads pages [first, last) into the buffer: all of them, or it is an error (an errno; ENODATA: the
- * file is too short). The size is asked again after the data was read: a file cut short meanwhile
- * shows zeros in the rest of its last page, and what was read while the size still covered it was
- * data.
- */
+/* Reads pages [first, last) into the buffer: all of them, or an errno says why not. */
 static int read_source(struct qpc_pager *p, const struct block *b, uint64_t first, uint64_t last)
 {
-    uint64_t offset = b->is.source_offset + (first << b->page_shift);
     uint64_t length = (last - first) << b->page_shift;
-    uint64_t done = 0;
-    struct stat st;
+    int errnum = qpc_source_read(b->is.source, b->is.source_offset + (first << b->page_shift),
+                                 length, p->buffer);
 
-    while (done < length) {
-        ssize_t n = pread(b->is.source_fd, p->buffer + done, length - done, (off_t)(offset + done));
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? errno : ENODATA;
-        done += (uint64_t)n;
-    }
-    if (fstat(b->is.source_fd, &st) < 0)
-        return errno;
-    if (S_ISREG(st.st_mode) && (uint64_t)st.st_size < offset + length)
-        return ENODATA;
+    if (errnum)
+        return errnum;
     COUNT(p->statistics.bytes_read, length);
-    /* What the file holds where the bitmap says zero means nothing (mapped-ram leaves stale data). */
+    /* What the source has where the bitmap says zero means nothing (mapped-ram leaves stale data). */
     for (uint64_t page = first; page < last; page++)
         if (!has_data(b, page))
             memset(p->buffer + ((page - first) << b->page_shift), 0, b->is.page_size);

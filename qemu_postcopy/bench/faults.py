@@ -28,6 +28,7 @@ from qemu_postcopy.errors import ContentError, HostError
 from qemu_postcopy.paging import registration
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock
+from qemu_postcopy.paging.source import FileSource
 
 BLOCKING = "bare, blocking"
 SPINNING = "bare, spinning"
@@ -220,8 +221,8 @@ class _Stand:
             address, length, page_size = HANDOVER.unpack(message)
             registration.negotiate(userfaultfd)
             registration.register(userfaultfd, address, length)
-            source_fd = os.open(self.source, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, source_fd)
+            source = FileSource(os.open(self.source, os.O_RDONLY | os.O_CLOEXEC))
+            stack.enter_context(source)
             path = self.place / "ledger"
             block = LedgerBlock("m0", page_size, length)
             ledger = stack.enter_context(Ledger.create(path, [block]))
@@ -234,7 +235,7 @@ class _Stand:
                         address=address,
                         length=length,
                         page_size=page_size,
-                        source_fd=source_fd,
+                        source=source,
                         source_offset=0,
                         data_bitmap=b"\xff" * -(-block.page_count // 8),
                     )

@@ -17,6 +17,7 @@ from typing import Self
 from qemu_postcopy._native import check, ffi, lib, new_error, raise_error
 from qemu_postcopy.errors import UsageError
 from qemu_postcopy.paging.ledger import Ledger
+from qemu_postcopy.paging.source import Source
 
 #: Bytes filled around a fault unless told otherwise; `qemu-postcopy bench restore` chose it.
 DEFAULT_CHUNK_SIZE = 64 << 10
@@ -38,16 +39,16 @@ class PagerState(IntEnum):
 class PagerBlock:
     """One RAM block to serve.
 
-    Sizes and ``source_offset`` are in bytes, ``address`` is the mapper's.  ``source_fd`` holds the
-    block's bytes from ``source_offset`` on; ``data_bitmap`` has one bit per page, least significant
-    first, 0 where the page is known to be zero.
+    Sizes and ``source_offset`` are in bytes, ``address`` is the mapper's.  ``source`` holds the
+    block's bytes from ``source_offset`` on and stays the caller's; ``data_bitmap`` has one bit per
+    page, least significant first, 0 where the page is known to be zero.
     """
 
     name: str
     address: int
     length: int
     page_size: int
-    source_fd: int
+    source: Source
     source_offset: int
     data_bitmap: bytes | bytearray | memoryview
 
@@ -156,7 +157,7 @@ class Pager:
                 struct.address = block.address
                 struct.length = block.length
                 struct.page_size = block.page_size
-                struct.source_fd = block.source_fd
+                struct.source = block.source.handle
                 struct.source_offset = block.source_offset
                 struct.data_bitmap = bitmap
                 struct.ledger = states + entry.offset

@@ -30,6 +30,7 @@ static char *memory;
 static uint8_t bitmap[PAGES / 8];
 static uint8_t ledger[PAGES];
 static int uffd;
+static struct qpc_source *source;
 static struct qpc_pager *pager;
 static atomic_int finished;
 
@@ -49,18 +50,21 @@ static void make(uint64_t chunk, int background)
                                      .data_bitmap = bitmap, .ledger = ledger };
     struct qpc_error err = { 0 };
     uint64_t features;
+    int source_fd = memfd_create("source", MFD_CLOEXEC);
 
-    block.source_fd = memfd_create("source", MFD_CLOEXEC);
-    require(block.source_fd >= 0 && ftruncate(block.source_fd, PAGES * PAGE) == 0, "source");
+    require(source_fd >= 0 && ftruncate(source_fd, PAGES * PAGE) == 0, "source");
     for (uint64_t page = 0; page < PAGES; page++) {
         uint64_t words[WORDS];
 
         for (unsigned i = 0; i < WORDS; i++)
             words[i] = PATTERN(page);
-        require(pwrite(block.source_fd, words, PAGE, (off_t)(page * PAGE)) == PAGE, "source data");
+        require(pwrite(source_fd, words, PAGE, (off_t)(page * PAGE)) == PAGE, "source data");
         if (!IS_HOLE(page))
             bitmap[page / 8] |= (uint8_t)(1u << page % 8);
     }
+    source = qpc_source_open_file(source_fd, &err);
+    require(source != NULL, err.message);
+    block.source = source;
     memory = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     require(memory != MAP_FAILED && madvise(memory, PAGES * PAGE, MADV_NOHUGEPAGE) == 0, "memory");
     uffd = qpc_uffd_open(&err);
@@ -254,6 +258,7 @@ int main(int argc, char **argv)
         if (!strcmp(argv[1], cases[i].name)) {
             cases[i].run();
             qpc_pager_destroy(pager);
+            qpc_source_close(source);
             return 0;
         }
     fprintf(stderr, "usage: pager_test CASE\n");

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock
+from qemu_postcopy.paging.source import FileSource
 
 userfaultfd, address, length, page_size = map(int, sys.argv[1:5])
 ledger = Ledger.create(Path(sys.argv[5]), [LedgerBlock("m0", page_size, length)])
@@ -20,7 +21,7 @@ block = PagerBlock(
     address=address,
     length=length,
     page_size=page_size,
-    source_fd=int(sys.argv[6]),
+    source=FileSource(int(sys.argv[6])),
     source_offset=int(sys.argv[7]),
     data_bitmap=Path(sys.argv[8]).read_bytes(),
 )

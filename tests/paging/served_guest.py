@@ -15,6 +15,7 @@ from paging.mapper_process import Mapper, wait_until
 
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock, PagerState, Statistics
+from qemu_postcopy.paging.source import FileSource
 
 #: The block does not begin at the beginning of the file, and not on a page border.
 SOURCE_OFFSET = 4096 + 96
@@ -90,7 +91,7 @@ class ServedGuest:
         self.page_size = self.mapper.page_size
         self.image = Image(run_dir / "ram", pages, self.page_size, holes)
         self.ledger_path = run_dir / "ledger"
-        self.source_fd = os.open(self.image.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.source = FileSource(os.open(self.image.path, os.O_RDONLY | os.O_CLOEXEC))
         self.ledger = Ledger.create(
             self.ledger_path, [LedgerBlock("m0", self.page_size, self.mapper.length)]
         )
@@ -113,7 +114,7 @@ class ServedGuest:
             address=self.mapper.address,
             length=self.mapper.length,
             page_size=self.page_size,
-            source_fd=self.source_fd,
+            source=self.source,
             source_offset=SOURCE_OFFSET,
             data_bitmap=self.image.bitmap,
         )
@@ -172,7 +173,7 @@ class ServedGuest:
         self.mapper.close()
         self.pager.close()
         self.ledger.close()
-        os.close(self.source_fd)
+        self.source.close()
         os.close(self.mapper.userfaultfd)
 
     def __enter__(self) -> Self:

@@ -16,6 +16,7 @@ from paging.served_guest import KIB, SOURCE_OFFSET, Image, ServedGuest
 
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock
+from qemu_postcopy.paging.source import FileSource
 
 Serve = Callable[..., ServedGuest]
 
@@ -79,6 +80,7 @@ class TwoSources:
         self.mapper = Mapper(binary, "memfd", 2 * self.PAGES)
         self.images = [Image(run_dir / f"ram{i}", self.PAGES + i, 4096, no_hole) for i in (0, 1)]
         self.descriptors = [os.open(image.path, os.O_RDONLY) for image in self.images]
+        self.sources = [FileSource(descriptor) for descriptor in self.descriptors]
         half = self.mapper.length // 2
         self.ledger = Ledger.create(
             run_dir / "ledger", [LedgerBlock(f"m{i}", 4096, half) for i in (0, 1)]
@@ -89,7 +91,7 @@ class TwoSources:
                 address=self.mapper.address + i * half,
                 length=half,
                 page_size=4096,
-                source_fd=self.descriptors[i],
+                source=self.sources[i],
                 source_offset=SOURCE_OFFSET,
                 data_bitmap=self.images[i].bitmap,
             )
@@ -106,8 +108,9 @@ class TwoSources:
         self.mapper.close()
         self.pager.close()
         self.ledger.close()
-        for descriptor in (*self.descriptors, self.mapper.userfaultfd):
-            os.close(descriptor)
+        for source in self.sources:
+            source.close()
+        os.close(self.mapper.userfaultfd)
 
 
 @pytest.fixture

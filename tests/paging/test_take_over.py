@@ -16,6 +16,7 @@ from paging.served_guest import SOURCE_OFFSET, Image, ServedGuest, is_hole
 from qemu_postcopy.paging import registration
 from qemu_postcopy.paging.ledger import Ledger
 from qemu_postcopy.paging.pager import Pager, PagerBlock, PagerState
+from qemu_postcopy.paging.source import FileSource
 
 pytestmark = pytest.mark.needs("uffd", "cc")
 
@@ -34,6 +35,7 @@ class KilledServer:
         self.mapper = Mapper(binary, "memfd", PAGES)
         self.image = Image(run_dir / "ram", PAGES, PAGE_BYTES, is_hole)
         self.source_fd = os.open(self.image.path, os.O_RDONLY)
+        self.source = FileSource(self.source_fd)
         self.ledger_path = run_dir / "ledger"
         (run_dir / "bitmap").write_bytes(self.image.bitmap)
         self.ledger: Ledger | None = None
@@ -69,7 +71,7 @@ class KilledServer:
             address=self.mapper.address,
             length=self.mapper.length,
             page_size=PAGE_BYTES,
-            source_fd=self.source_fd,
+            source=self.source,
             source_offset=SOURCE_OFFSET,
             data_bitmap=self.image.bitmap,
         )
@@ -86,7 +88,7 @@ class KilledServer:
             self.pager.close()
         if self.ledger:
             self.ledger.close()
-        os.close(self.source_fd)
+        self.source.close()
         os.close(self.mapper.userfaultfd)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from qemu_postcopy.errors import UsageError
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock
+from qemu_postcopy.paging.source import FileSource
 
 PAGES = 64
 BLOCK = PagerBlock(
@@ -18,7 +20,7 @@ BLOCK = PagerBlock(
     address=1 << 30,
     length=PAGES * 4096,
     page_size=4096,
-    source_fd=0,
+    source=FileSource(os.open("/dev/null", os.O_RDONLY)),
     source_offset=0,
     data_bitmap=bytes(PAGES // 8),
 )
@@ -44,13 +46,21 @@ def test_a_bad_chunk_size(ledger: Ledger, chunk_size: int) -> None:
         (replace(BLOCK, length=PAGES * 4096 * 2), "other sizes"),
         (replace(BLOCK, address=(1 << 30) + 1), "page-aligned"),
         (replace(BLOCK, address=(1 << 64) - 4096), "page-aligned"),
-        (replace(BLOCK, source_fd=-1), "source"),
         (replace(BLOCK, data_bitmap=bytes(PAGES // 8 - 1)), "bitmap"),
     ],
 )
 def test_a_bad_block(ledger: Ledger, block: PagerBlock, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         Pager(0, [block], ledger)
+
+
+def test_a_source_that_is_none(ledger: Ledger) -> None:
+    with pytest.raises(UsageError, match="not a descriptor"):
+        FileSource(-1)
+    closed = FileSource(os.open("/dev/null", os.O_RDONLY))
+    closed.close()
+    with pytest.raises(ValueError, match="closed"):
+        Pager(0, [replace(BLOCK, source=closed)], ledger)
 
 
 def test_no_block_at_all(ledger: Ledger) -> None:

@@ -1,0 +1,60 @@
+/*
+ * Where page data comes from: the contract between the pager and whatever can read an image.
+ *
+ *   make (qpc_source_open_file() and its like)
+ *       |
+ *       v
+ *   read, read, read ... read         by pager threads
+ *       |
+ *       v
+ *   qpc_source_close()                after the last pager that uses it is destroyed
+ *
+ * A kind of source is a table of operations; struct qpc_source is the first member of whatever it
+ * keeps. Making one may allocate, connect and fail in words. Reading is the fault path:
+ *
+ * - Thread model: parallel. Several pager threads may read one source at the same moment, and they
+ *   know nothing of each other; what has to be serialised the source serialises itself. No thread
+ *   holds the GIL, and a source never takes it.
+ * - read() allocates nothing and takes no lock over a system call that another reader needs.
+ * - All or nothing: 0, and every byte of the range was the image's while the source still had it;
+ *   or a positive errno, and the buffer means nothing. Never a short read, never zeros in the place
+ *   of data. ENODATA: the source ends before the range does.
+ * - An error is not the end: the same range is asked for again later, and a source that works again
+ *   answers. It is the pager that waits between attempts; a source reports what is so now.
+ * - The range is never empty, lies in the block that the caller was given, and is a multiple of the
+ *   page size; the offset may be any.
+ */
+#ifndef QPC_SOURCE_H
+#define QPC_SOURCE_H
+
+#include "error.h"
+
+/* cdef-begin */
+struct qpc_source;
+
+/*
+ * A regular file, read with pread(2). Takes the descriptor over: it is closed with the source, but
+ * not if this fails.
+ */
+struct qpc_source *qpc_source_open_file(int fd, struct qpc_error *err);
+
+/* Nobody may be reading any more. NULL is allowed. */
+void qpc_source_close(struct qpc_source *source);
+/* cdef-end */
+
+struct qpc_source_operations {
+    int (*read)(struct qpc_source *source, uint64_t offset, uint64_t length, void *buffer);
+    void (*close)(struct qpc_source *source); /* frees it */
+};
+
+struct qpc_source {
+    const struct qpc_source_operations *operations;
+};
+
+static inline int qpc_source_read(struct qpc_source *source, uint64_t offset, uint64_t length,
+                                  void *buffer)
+{
+    return source->operations->read(source, offset, length, buffer);
+}
+
+#endif
