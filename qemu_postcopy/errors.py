@@ -80,6 +80,10 @@ class TargetGoneError(AttachError):
     """The process died, or its PID belongs to another process now."""
 
 
+class HandshakeError(AttachError):
+    """What a VMM sent along with its userfaultfd cannot be served; nothing of it was touched."""
+
+
 class AttachTimeoutError(AttachError):
     """No thread of the target could be stopped within the time limit; nothing was changed."""
 

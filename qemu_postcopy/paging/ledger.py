@@ -115,7 +115,8 @@ class Ledger:
         magic, count = HEADER.unpack_from(mapping, 0)
         if magic != MAGIC or count > MOST_BLOCKS or _journal_offset(count) + JOURNAL_BYTES > size:
             raise _damaged(path, "bad header")
-        blocks = []
+        blocks: list[LedgerBlock] = []
+        reached = _journal_offset(count) + JOURNAL_BYTES
         for index in range(count):
             raw, page_size, length, offset = ENTRY.unpack_from(
                 mapping, HEADER.size + index * ENTRY.size
@@ -123,9 +124,13 @@ class Ledger:
             name = raw.rstrip(b"\0").decode(errors="replace")
             if page_size < 4096 or page_size & (page_size - 1) or length % page_size:
                 raise _damaged(path, f"bad sizes of block {name}")
+            if any(other.name == name for other in blocks):
+                raise _damaged(path, f"block {name} comes twice")
             block = LedgerBlock(name, page_size, length, offset)
-            if offset % ALIGNMENT or offset + block.page_count > size:
-                raise _damaged(path, f"block {name} lies outside of the file")
+            # In the order in which they were made: so none lies over another or over the header.
+            if offset % ALIGNMENT or not reached <= offset <= size - block.page_count:
+                raise _damaged(path, f"block {name} lies outside of its place")
+            reached = offset + block.page_count
             blocks.append(block)
         return cls(path, mapping, blocks)
 
