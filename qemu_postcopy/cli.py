@@ -199,6 +199,12 @@ SERVING_OPTIONS = [
         help="Return when the guest runs, or when it has all of its memory.",
     ),
     click.option("--foreground", is_flag=True, help="Serve in this process; return when complete."),
+    click.option(
+        "--chaos",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Let page data fail as this schedule says (TOML or JSON), to see that all holds.",
+    ),
     click.option("--allow-newer-qemu", is_flag=True, help="Accept a QEMU newer than the image's."),
     click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout."),
 ]
@@ -260,6 +266,11 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
     from qemu_postcopy.sidecar import process
     from qemu_postcopy.sidecar.rundir import RunDirectory
 
+    schedule = None
+    if rest["chaos"] is not None:
+        from qemu_postcopy.paging.chaos import ChaosSchedule
+
+        schedule = ChaosSchedule.load(rest["chaos"])
     options = RestoreOptions(
         image=image,
         name=rest["name"],
@@ -270,6 +281,7 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
             background=rest["background"],
             background_rate=rest["rate"],
             allow_newer_qemu=rest["allow_newer_qemu"],
+            chaos=schedule,
         ),
         **target,
     )
@@ -370,6 +382,30 @@ def fill(name: str, rate: int, off: bool) -> None:
     from qemu_postcopy.sidecar.rundir import RunDirectory
 
     ask(RunDirectory.find(name).control_socket, "background", enabled=not off, rate=rate)
+
+
+@commands.command()
+@click.argument("name")
+@click.option("--off", "what", flag_value="off", help="No more failures.")
+@click.option("--on", "what", flag_value="on", help="Failures again.")
+@click.option("--release", "what", flag_value="release", help="Reads that stall go on.")
+def chaos(name: str, what: str | None) -> None:
+    """Tell the guest NAME's chaos run to go on, to pause or to end.
+
+    The guest was restored or attached with --chaos.
+
+    \b
+    Examples:
+      qemu-postcopy chaos vm --release
+      qemu-postcopy chaos vm --off
+    """
+    from qemu_postcopy.sidecar.control import ask
+    from qemu_postcopy.sidecar.rundir import RunDirectory
+
+    if what is None:
+        raise click.UsageError("say --off, --on or --release")
+    enabled = {"on": True, "off": False}.get(what)
+    ask(RunDirectory.find(name).control_socket, "chaos", enabled=enabled)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from qemu_postcopy.errors import (
     GuestEndedError,
     MismatchError,
     OperationCancelledError,
+    StateError,
     UsageError,
 )
 from qemu_postcopy.session import Session, SessionOptions, StateChange
@@ -208,7 +209,23 @@ def _handlers(session: Session) -> dict[str, Any]:
             session.pager.set_background(enabled, rate)
         return {}
 
-    return {"status": status, "background": background}
+    async def chaos(request: dict[str, Any]) -> dict[str, Any]:
+        enabled = request.get("enabled")
+        if enabled is not None and not isinstance(enabled, bool):
+            raise UsageError('"enabled" must be true, false or null')
+        if not session.chaos_sources:
+            raise StateError(
+                "page data does not fail on purpose here: there was no --chaos",
+                hint="restore or attach with --chaos FILE",
+            )
+        for source in session.chaos_sources:
+            if enabled is None:
+                source.release()
+            else:
+                source.enable(enabled)
+        return {}
+
+    return {"status": status, "background": background, "chaos": chaos}
 
 
 def describe(session: Session) -> dict[str, Any]:
@@ -221,8 +238,19 @@ def describe(session: Session) -> dict[str, Any]:
         "pid": session.identity.pid if session.identity else 0,
         "image": str(session.image.path),
         "trouble": session.trouble(),
+        "chaos": _chaos(session),
         "statistics": statistics,
     }
+
+
+def _chaos(session: Session) -> dict[str, Any] | None:
+    """The schedule that page data fails by and what came of it; None where there is none."""
+    schedule = session.options.chaos
+    if schedule is None:
+        return None
+    counts = [asdict(source.counts()) for source in session.chaos_sources]
+    totals = {key: sum(count[key] for count in counts) for key in (counts[0] if counts else ())}
+    return {"schedule": str(schedule.path), **totals}
 
 
 def with_name(options: RestoreOptions) -> RestoreOptions:

@@ -38,6 +38,7 @@ from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
 
 if TYPE_CHECKING:
     from qemu_postcopy.image.image import Image
+    from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
     from qemu_postcopy.paging.ledger import Ledger
     from qemu_postcopy.paging.pager import Pager, Statistics
     from qemu_postcopy.paging.source import Source
@@ -96,6 +97,8 @@ class SessionOptions:
     allow_newer_qemu: bool = False
     #: give CAP_SYS_PTRACE up, for the whole process and for good, once it is not needed any more
     drop_rights: bool = False
+    #: page data fails as this says
+    chaos: ChaosSchedule | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a chunk size or rate that cannot be."""
@@ -152,6 +155,8 @@ class Session:
         self._device_state = -1
         self._load_begun = False
         self._sources: dict[tuple[str, int], tuple[Source, int, bytearray]] = {}
+        #: the sources that fail on purpose, if any do
+        self.chaos_sources: list[ChaosSource] = []
         self._ledger: Ledger | None = None
         self._cleanup = contextlib.ExitStack()
 
@@ -523,7 +528,13 @@ class Session:
         key = (name, page_size)
         if key not in self._sources:
             fd, offset = self.image.open_block(name)
-            source = self._cleanup.enter_context(FileSource(fd))
+            source: Source = FileSource(fd)
+            if self.options.chaos is not None:
+                from qemu_postcopy.paging.chaos import ChaosSource
+
+                source = ChaosSource(source, self.options.chaos, name, offset)
+                self.chaos_sources.append(source)
+            self._cleanup.callback(source.close)
             size = self.image.manifest.block(name).size_bytes
             self._sources[key] = (source, offset, data_bitmap(fd, offset, size, page_size))
         return self._sources[key]

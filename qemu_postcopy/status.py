@@ -23,6 +23,7 @@ def collect(name: str | None = None) -> list[dict[str, Any]]:
 
     Keys: ``name``, ``state`` (of the session; `waiting` where the sidecar is gone and the guest
     needs it; `ended` where QEMU is gone), ``pid``, ``image``, ``trouble`` (a sentence, or empty),
+    ``chaos`` (None, or which page data fails on purpose and how often it did),
     ``statistics`` (as :class:`qemu_postcopy.paging.pager.Statistics`).
 
     Raises:
@@ -41,6 +42,7 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
         "pid": record.pid,
         "image": record.image,
         "trouble": "",
+        "chaos": None,
         "statistics": record.statistics,
     }
     if not directory.guest_alive(record):
@@ -73,9 +75,25 @@ def _table(guests: list[dict[str, Any]]) -> RenderableType:
             str(numbers.get("faults_waiting", "")),
             f"{numbers.get('bytes_read', 0) >> 20} MiB",
         )
+        if guest["chaos"]:
+            table.add_row("", f"[yellow]{_chaos_line(guest['chaos'])}[/yellow]")
         if guest["trouble"]:
             table.add_row("", f"[red]{guest['trouble']}[/red]")
     return table
+
+
+def _chaos_line(chaos: dict[str, Any]) -> str:
+    done = ", ".join(
+        f"{chaos.get(key, 0)} {word}"
+        for key, word in (
+            ("failed", "failed"),
+            ("truncated", "cut short"),
+            ("delayed", "delayed"),
+            ("stalled", "stalled"),
+        )
+    )
+    held = f"; {chaos['stalled_now']} held up now" if chaos.get("stalled_now") else ""
+    return f"chaos ({chaos['schedule']}): of {chaos.get('reads', 0)} reads {done}{held}"
 
 
 def show(guests: list[dict[str, Any]]) -> None:

@@ -292,7 +292,11 @@ int qpc_pager_stop(struct qpc_pager *p, struct qpc_error *err)
         return 0;
     atomic_store(&p->stop, 1);
     kick(p);
+    for (uint32_t i = 0; i < p->block_count; i++)
+        qpc_source_cancel(p->blocks[i].is.source, 1);
     result = pthread_join(p->thread, NULL);
+    for (uint32_t i = 0; i < p->block_count; i++)
+        qpc_source_cancel(p->blocks[i].is.source, 0);
     if (result)
         return qpc_error_set(err, QPC_SYSTEM, result, "cannot join the pager thread");
     p->started = 0;

@@ -59,6 +59,8 @@ static int read_source(struct qpc_pager *p, const struct block *b, uint64_t firs
 static enum fill note_source_error(struct qpc_pager *p, const struct block *b, uint64_t page,
                                    int errnum)
 {
+    if (errnum == ECANCELED && stop_wanted(p))
+        return FILL_LATER; /* ours: qpc_pager_stop() */
     COUNT(p->statistics.source_errors, 1u);
     note_error(p, b, page, errnum);
     return FILL_LATER;

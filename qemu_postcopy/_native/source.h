@@ -19,6 +19,8 @@
  * - All or nothing: 0, and every byte of the range was the image's while the source still had it;
  *   or a positive errno, and the buffer means nothing. Never a short read, never zeros in the place
  *   of data. ENODATA: the source ends before the range does.
+ * - A read that waits for something that may never come (a server that hangs) can be cancelled, so
+ *   that a pager can be stopped: see qpc_source_cancel(). One that waits for a disk need not.
  * - An error is not the end: the same range is asked for again later, and a source that works again
  *   answers. It is the pager that waits between attempts; a source reports what is so now.
  * - The range is never empty, lies in the block that the caller was given, and is a multiple of the
@@ -38,13 +40,21 @@ struct qpc_source;
  */
 struct qpc_source *qpc_source_open_file(int fd, struct qpc_error *err);
 
+/*
+ * While this is on, a read that waits for what may never come ends at once with ECANCELED, and none
+ * begins to wait. Of a source with several readers all are meant; who is to read on asks again. Any
+ * thread may call it.
+ */
+void qpc_source_cancel(struct qpc_source *source, int on);
+
 /* Nobody may be reading any more. NULL is allowed. */
 void qpc_source_close(struct qpc_source *source);
 /* cdef-end */
 
 struct qpc_source_operations {
     int (*read)(struct qpc_source *source, uint64_t offset, uint64_t length, void *buffer);
-    void (*close)(struct qpc_source *source); /* frees it */
+    void (*cancel)(struct qpc_source *source, int on); /* NULL: reads never wait for long */
+    void (*close)(struct qpc_source *source);          /* frees it */
 };
 
 struct qpc_source {

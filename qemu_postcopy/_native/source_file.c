@@ -45,7 +45,7 @@ static void file_close(struct qpc_source *source)
 
 struct qpc_source *qpc_source_open_file(int fd, struct qpc_error *err)
 {
-    static const struct qpc_source_operations operations = { file_read, file_close };
+    static const struct qpc_source_operations operations = { file_read, NULL, file_close };
     struct file_source *source;
 
     if (fd < 0) {
@@ -59,10 +59,4 @@ struct qpc_source *qpc_source_open_file(int fd, struct qpc_error *err)
     }
     *source = (struct file_source){ { &operations }, fd };
     return &source->source;
-}
-
-void qpc_source_close(struct qpc_source *source)
-{
-    if (source)
-        source->operations->close(source);
 }

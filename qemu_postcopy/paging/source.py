@@ -33,6 +33,10 @@ class Source:
             raise ValueError("the source is closed")
         return self._handle
 
+    def disown(self) -> None:
+        """Another source has taken it over, and closes it."""
+        self._handle = ffi.NULL
+
     def close(self) -> None:
         """Frees it and what it holds; may be called twice."""
         lib.qpc_source_close(self._handle)

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "pager.h"
+#include "source_chaos.h"
 #include "uffd.h"
 
 #define PAGES 2048u
@@ -31,6 +32,7 @@ static uint8_t bitmap[PAGES / 8];
 static uint8_t ledger[PAGES];
 static int uffd;
 static struct qpc_source *source;
+static const struct qpc_chaos_schedule *chaos;
 static struct qpc_pager *pager;
 static atomic_int finished;
 
@@ -64,6 +66,10 @@ static void make(uint64_t chunk, int background)
     }
     source = qpc_source_open_file(source_fd, &err);
     require(source != NULL, err.message);
+    if (chaos) {
+        source = qpc_source_open_chaos(source, chaos, &err);
+        require(source != NULL, err.message);
+    }
     block.source = source;
     memory = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     require(memory != MAP_FAILED && madvise(memory, PAGES * PAGE, MADV_NOHUGEPAGE) == 0, "memory");
@@ -206,6 +212,41 @@ static void interrupted(void)
     check_all(0);
 }
 
+static void *enable_and_release(void *unused)
+{
+    (void)unused;
+    for (int on = 0; !finished; on = !on) {
+        struct qpc_chaos_counts counts;
+
+        qpc_chaos_enable(source, on);
+        qpc_chaos_release(source);
+        qpc_chaos_read_counts(source, &counts);
+        require(counts.failed + counts.truncated <= counts.reads, "counts");
+        usleep(3000);
+    }
+    qpc_chaos_enable(source, 0);
+    return NULL;
+}
+
+/* Reads fail, come late and wait for ever, while the pager is stopped and told to go on. */
+static void failing(void)
+{
+    static const struct qpc_chaos_schedule schedule = {
+        .seed = 1, .fail = 1u << 29, .error_count = 1, .errors = { 5 }, .truncate = 1u << 28,
+        .delay = 1u << 29, .delay_us_first = 1, .delay_us_last = 100, .stall = 1u << 26,
+        .burst_first = 1, .burst_last = 3,
+    };
+    void *(*const disturbances[])(void *) = { stop_and_start, enable_and_release };
+    struct qpc_chaos_counts counts;
+
+    chaos = &schedule;
+    make(4096, 1);
+    run_threads(disturbances, 2);
+    check_all(0);
+    qpc_chaos_read_counts(source, &counts);
+    require(counts.failed && counts.truncated && counts.delayed && counts.stalled, "all happened");
+}
+
 static void *touch_one(void *page)
 {
     check_page((uintptr_t)page, 0);
@@ -252,7 +293,8 @@ int main(int argc, char **argv)
         const char *name;
         void (*run)(void);
     } cases[] = { { "fill_all", fill_all }, { "touch_and_ask", touch_and_ask }, { "storm", storm },
-                  { "interrupted", interrupted }, { "overflow", overflow } };
+                  { "interrupted", interrupted }, { "failing", failing },
+                  { "overflow", overflow } };
 
     for (unsigned i = 0; argc == 2 && i < sizeof(cases) / sizeof(cases[0]); i++)
         if (!strcmp(argv[1], cases[i].name)) {

@@ -21,7 +21,9 @@ def driver(request: pytest.FixtureRequest, build_driver: Callable[..., Path]) ->
     return build_driver(DRIVER, request.param, (SHORT_QUEUE,))
 
 
-@pytest.mark.parametrize("case", ["fill_all", "touch_and_ask", "storm", "interrupted", "overflow"])
+@pytest.mark.parametrize(
+    "case", ["fill_all", "touch_and_ask", "storm", "interrupted", "failing", "overflow"]
+)
 def test_pager_in_c(driver: Path, case: str) -> None:
     ended = subprocess.run([str(driver), case], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -13,9 +13,10 @@ from typing import Self
 
 from paging.mapper_process import Mapper, wait_until
 
+from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock, PagerState, Statistics
-from qemu_postcopy.paging.source import FileSource
+from qemu_postcopy.paging.source import FileSource, Source
 
 #: The block does not begin at the beginning of the file, and not on a page border.
 SOURCE_OFFSET = 4096 + 96
@@ -85,13 +86,17 @@ class ServedGuest:
         background: bool = False,
         background_rate: int = 0,
         spin_limit_us: int = 200,
+        chaos: ChaosSchedule | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.mapper = Mapper(binary, memory, pages)
         self.page_size = self.mapper.page_size
         self.image = Image(run_dir / "ram", pages, self.page_size, holes)
         self.ledger_path = run_dir / "ledger"
-        self.source = FileSource(os.open(self.image.path, os.O_RDONLY | os.O_CLOEXEC))
+        self.source: Source = FileSource(os.open(self.image.path, os.O_RDONLY | os.O_CLOEXEC))
+        self.chaos: ChaosSource | None = None
+        if chaos is not None:
+            self.source = self.chaos = ChaosSource(self.source, chaos, "m0", SOURCE_OFFSET)
         self.ledger = Ledger.create(
             self.ledger_path, [LedgerBlock("m0", self.page_size, self.mapper.length)]
         )
