@@ -222,9 +222,22 @@ def serving_options(function: Any) -> Any:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--qemu", help="QEMU binary, instead of the one that made the image.")
 @click.option("--qemu-arg", multiple=True, metavar="ARG", help="One more argument for QEMU.")
+@click.option(
+    "--attach-by",
+    type=click.Choice(["auto", "ptrace", "preload"]),
+    default="auto",
+    show_default=True,
+    help="How QEMU's memory is got at: by tracing it for a moment, or by a library that it loads, "
+    "for hosts that allow no tracing; auto: the first of these that is allowed.",
+)
 @serving_options
 def restore(
-    image: Path, command: tuple[str, ...], qemu: str | None, qemu_arg: tuple[str, ...], **rest: Any
+    image: Path,
+    command: tuple[str, ...],
+    qemu: str | None,
+    qemu_arg: tuple[str, ...],
+    attach_by: str,
+    **rest: Any,
 ) -> None:
     """Resume the guest in IMAGE: it runs at once, its memory follows.
 
@@ -237,9 +250,11 @@ def restore(
       qemu-postcopy restore vm.qpc
       qemu-postcopy restore --wait complete --rate 200M vm.qpc
       qemu-postcopy restore --name two vm.qpc
+      qemu-postcopy restore --attach-by preload vm.qpc
       qemu-postcopy restore vm.qpc -- qemu-system-x86_64 -m 4G -machine pc ...
     """
-    _serve(image, {"qemu": qemu, "command": command, "extra_arguments": qemu_arg}, rest)
+    target = {"qemu": qemu, "command": command, "extra_arguments": qemu_arg}
+    _serve(image, target, rest, attach_by)
 
 
 @commands.command()
@@ -260,7 +275,9 @@ def attach(qmp: Path, image: Path, **rest: Any) -> None:
     _serve(image, {"qmp": qmp}, rest)
 
 
-def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
+def _serve(
+    image: Path, target: dict[str, Any], rest: dict[str, Any], attach_by: Any = "ptrace"
+) -> None:
     from qemu_postcopy.restore import RestoreOptions
     from qemu_postcopy.session import SessionOptions
     from qemu_postcopy.sidecar import process
@@ -282,6 +299,7 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
             background_rate=rest["rate"],
             allow_newer_qemu=rest["allow_newer_qemu"],
             chaos=schedule,
+            attach_by=attach_by,
         ),
         **target,
     )
@@ -323,6 +341,7 @@ def _serve(image: Path, target: dict[str, Any], rest: dict[str, Any]) -> None:
         "qmp": str(run.qmp_socket),
         "pid": record.pid if record else 0,
         "sidecar_pid": sidecar.pid,
+        "attached_by": record.attached_by if record else "",
         "launched_ns": record.launched_ns if record else 0,
         "seconds": reached,
         "statistics": last.get("statistics", {}),

@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     from qemu_postcopy.paging.ledger import Ledger
     from qemu_postcopy.paging.pager import Pager, Statistics
     from qemu_postcopy.paging.source import Source
+    from qemu_postcopy.vm.attach import TakenDescriptor
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
     from qemu_postcopy.vm.process import ProcessIdentity
     from qemu_postcopy.vm.qmp import Qmp
+    from qemu_postcopy.vm.ways import AttachWay, WayChoice
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ class SessionOptions:
     background_rate: int = 0
     spin_limit_us: int | None = None
     allow_newer_qemu: bool = False
+    #: how a QEMU that this session launches is got at: see :mod:`qemu_postcopy.vm.ways`
+    attach_by: WayChoice = "auto"
     #: give CAP_SYS_PTRACE up, for the whole process and for good, once it is not needed any more
     drop_rights: bool = False
     #: page data fails as this says
@@ -149,6 +153,9 @@ class Session:
         self._owned: QemuProcess | None = None
         self._qmp: Qmp | None = None
         self._layout: list[RamBlock] = []
+        self._way: AttachWay | None = None
+        #: whom to ask what QEMU maps: QEMU's identity, or what knows it without looking
+        self._target: ProcessIdentity | None = None
         self._userfaultfd = -1
         self._userfaultfd_number = -1
         self._features = 0
@@ -175,9 +182,10 @@ class Session:
         from qemu_postcopy.vm.launch import launch
 
         self._require(State.FOUND)
+        self._way = way = self._choose_way()
         self.launched_ns = time.monotonic_ns()
         try:
-            self._owned = launch(argv, self.run.path)
+            self._owned = launch(argv, self.run.path, environment=way.environment())
             self._cleanup.callback(self._owned.close)
             self.identity = self._owned.identity
             # The descriptor is opened while QEMU starts, by one of its helper threads.  Our thread
@@ -188,6 +196,7 @@ class Session:
                 try:
                     await self._prepare_and_connect()
                 finally:
+                    way.settle()
                     # What went wrong there counts only if QEMU itself has come up.
                     await asyncio.wait({taking})
             taking.result()
@@ -195,7 +204,12 @@ class Session:
             from qemu_postcopy.vm.fit import launch_failure
 
             raise launch_failure(error, self.image.manifest) from error
+        self._target = way.target(self.identity)
+        if self._target is not self.identity:
+            self._cleanup.callback(self._target.close)
         await self._check_fit()
+        way.require_complete(self._layout)
+        log.info("QEMU is got at by %s", way.name)
         self._enter(State.FOUND)
 
     async def find(self, qmp_path: Path) -> None:
@@ -214,6 +228,7 @@ class Session:
         self.identity = ProcessIdentity.open(self._qmp.peer_pid())
         self._cleanup.callback(self.identity.close)
         self.identity.require_qemu()
+        self._target = self.identity
         self._prepare()
         await self._check_fit()
         self._enter(State.FOUND)
@@ -228,10 +243,10 @@ class Session:
         from qemu_postcopy.vm.emptiness import ensure_empty
 
         self._require(State.ATTACHED)
-        assert self.identity is not None
+        assert self._target is not None
         for block in self._layout:
             if block.file_key is not None:  # other memory can only be checked, which serve() does
-                ensure_empty(block, self.identity)
+                ensure_empty(block, self._target)
         if self._userfaultfd < 0:
             self._take_userfaultfd()
         self._enter(State.ATTACHED)
@@ -249,7 +264,7 @@ class Session:
         from qemu_postcopy.vm.emptiness import require_empty
 
         self._require(State.SERVING)
-        assert self.identity is not None
+        assert self.identity is not None and self._target is not None
         blocks = [
             PagerBlock(
                 block.name,
@@ -277,11 +292,12 @@ class Session:
             spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
         )
         self._cleanup.callback(self.pager.close)
-        registration.negotiate(self._userfaultfd, self._features)
+        if self._way is None or not self._way.negotiated:
+            registration.negotiate(self._userfaultfd, self._features)
         try:
             for block in self._layout:
                 registration.register(self._userfaultfd, block.address, block.size_bytes)
-                require_empty(block, self.identity)
+                require_empty(block, self._target)
         except PostcopyError:
             # ENOMEM also says that the process has exited (userfaultfd_register, fs/userfaultfd.c).
             self.identity.require_alive()
@@ -491,6 +507,7 @@ class Session:
                 start_time=identity.start_time if identity else 0,
                 launched_ns=self.launched_ns,
                 sidecar_pid=os.getpid(),
+                attached_by=self._way.name if self._way else "ptrace",
                 userfaultfd=self._userfaultfd_number,
                 chunk_size=self.options.chunk_size or self.image.manifest.chunk_size_bytes,
                 blocks=[
@@ -549,18 +566,25 @@ class Session:
         self._owned.ask_ahead((*QUESTIONS, *LOAD_QUESTIONS), self._device_state)
         self._qmp = await self._owned.connect()
 
-    def _take_userfaultfd_early(self) -> None:
-        from qemu_postcopy.vm.attach import wait_for_helper_thread
+    def _choose_way(self) -> AttachWay:
+        from qemu_postcopy.vm import ways
 
-        assert self.identity is not None
-        wait_for_helper_thread(self.identity)
-        self._take_userfaultfd()
+        sizes = [block.size_bytes for block in self.image.manifest.blocks]
+        way = ways.choose(self.options.attach_by, self.run.path, sizes)
+        self._cleanup.callback(way.close)
+        return way
+
+    def _take_userfaultfd_early(self) -> None:
+        assert self.identity is not None and self._way is not None
+        self._keep_userfaultfd(self._way.take(self.identity))
 
     def _take_userfaultfd(self) -> None:
         from qemu_postcopy.vm.attach import take_userfaultfd
 
         assert self.identity is not None
-        taken = take_userfaultfd(self.identity)
+        self._keep_userfaultfd(take_userfaultfd(self.identity))
+
+    def _keep_userfaultfd(self, taken: TakenDescriptor) -> None:
         self._userfaultfd = taken.descriptor
         self._userfaultfd_number = taken.remote_descriptor
         self._cleanup.callback(os.close, taken.descriptor)
@@ -568,10 +592,10 @@ class Session:
     async def _check_fit(self) -> None:
         from qemu_postcopy.vm.fit import check_fit
 
-        assert self._qmp is not None and self.identity is not None
+        assert self._qmp is not None and self._target is not None
         self._layout = await check_fit(
             self._qmp,
-            self.identity,
+            self._target,
             self.image.manifest,
             allow_newer=self.options.allow_newer_qemu,
         )

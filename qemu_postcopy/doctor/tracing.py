@@ -42,7 +42,10 @@ def ptrace_errno(stranger: bool) -> int:
 def ptrace_finding(child_errno: int, stranger_errno: int) -> Finding:
     data = {"child_errno": child_errno, "stranger_errno": stranger_errno}
     title = "ptrace of processes of the same user"
-    cost = "Attaching to a QEMU by ptrace is impossible; no guest can be restored lazily."
+    cost = (
+        "QEMUs that others started cannot be attached; `restore` has QEMU load a library instead "
+        "(--attach-by preload)."
+    )
     if child_errno and stranger_errno:
         return Finding(
             "attaching.ptrace",
@@ -114,7 +117,7 @@ def pidfd_finding() -> Finding:
         "pidfd_open and pidfd_getfd",
         "missing" if refused else "ok",
         f"refused: {os.strerror(refused)}" if refused else "a descriptor was taken from a child",
-        "The userfaultfd cannot be taken from QEMU; no guest can be restored lazily.",
+        "QEMUs that others started cannot be attached; `restore` has QEMU load a library instead.",
         "Needs Linux 5.6 and a seccomp profile that allows both calls." if refused else "",
         essential=True,
         data={"errno": refused},

@@ -47,8 +47,9 @@ class SessionRecord:
     """What ``session.json`` says: enough to find the guest, and to take over from a dead sidecar.
 
     ``pid`` and ``start_time`` (clock ticks since boot) identify QEMU; ``launched_ns`` is the
-    CLOCK_MONOTONIC of its start (0: not ours); ``userfaultfd`` is the
-    descriptor's number in QEMU; ``blocks`` lists name, address, length and page size (bytes).
+    CLOCK_MONOTONIC of its start (0: not ours); ``attached_by`` is the way (``vm/ways.py``);
+    ``userfaultfd`` is the descriptor's number in QEMU; ``blocks`` lists name, address, length and
+    page size (bytes).
     """
 
     image: str
@@ -57,6 +58,7 @@ class SessionRecord:
     start_time: int = 0
     launched_ns: int = 0
     sidecar_pid: int = 0
+    attached_by: str = ""
     userfaultfd: int = -1
     chunk_size: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)

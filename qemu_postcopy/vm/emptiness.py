@@ -73,6 +73,8 @@ def require_empty(block: RamBlock, identity: ProcessIdentity) -> None:
     Raises: AttachError where a page is present.
     """
     if block.file_key is None:
+        if identity.registered_from_birth(block.address, block.size_bytes):
+            return
         if _pages_present(identity, block.address, block.size_bytes):
             raise AttachError(
                 f"private memory {block.name!r} of QEMU (PID {identity.pid}) is filled already, "

@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from qemu_postcopy.errors import AttachError, QmpError
@@ -275,7 +274,7 @@ def _backing(block: ListedBlock, mapping: Mapping, identity: ProcessIdentity) ->
 def _file_system(identity: ProcessIdentity, device: str) -> str | None:
     """The type of the file system with this device number, in the target's mount namespace."""
     # proc(5): ID, parent, major:minor, ..., then " - " and the type.
-    for line in Path(f"/proc/{identity.pid}/mountinfo").read_text().splitlines():
+    for line in identity.mounts().splitlines():
         before, _, after = line.partition(" - ")
         if before.split()[2] == device:
             return after.split()[0]

@@ -237,6 +237,14 @@ class ProcessIdentity:
                 return str(entry)
         return None
 
+    def mounts(self) -> str:
+        """Its mount table, as /proc/PID/mountinfo has it."""
+        return self._read("mountinfo").decode(errors="replace")
+
+    def registered_from_birth(self, address: int, size_bytes: int) -> bool:
+        """Whether the range was under a userfaultfd before anybody could touch it, so is empty."""
+        return False
+
     def other_mappers(self, key: FileKey) -> list[Mapper]:
         """Every other process that maps this file, as far as this process may see.
 

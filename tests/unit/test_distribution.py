@@ -25,6 +25,7 @@ def files() -> set[str]:
     [
         "qemu_postcopy/py.typed",
         "qemu_postcopy/_native/_core.abi3.so",
+        "qemu_postcopy/_native/qemu-postcopy-preload.so",
         "qemu_postcopy/images/manifest.toml",
         "qemu_postcopy/images/guest/memcheck.c",
         "qemu_postcopy/baseline/bare_handler.c",

@@ -1,0 +1,254 @@
+"""Restores on hosts that allow no tracing: QEMU loads a library that hands its memory over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from vm.guests import MIB, Guest, Lab, SharedSnapshots, Snapshot, cli_command, goes_on_from, refused
+from vm.test_restore_content import KIND_PARAMS
+
+from qemu_postcopy.errors import AttachError
+from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.vm.preload import EXIT_STATUS, PreloadServer, library
+from qemu_postcopy.vm.process import ProcessIdentity
+from qemu_postcopy.vm.spec import MemoryKind
+
+pytestmark = [pytest.mark.needs("uffd", "guest", "cc"), pytest.mark.timeout(300)]
+
+HERE = Path(__file__).parent
+NOBODY = 65534
+MODULES = "/usr/lib/x86_64-linux-gnu/qemu"
+
+
+@pytest.fixture(scope="session")
+def without_ptrace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs a command without the right to trace; see without_ptrace.c."""
+    binary = tmp_path_factory.mktemp("without-ptrace") / "without_ptrace"
+    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["cc", *flags, HERE / "without_ptrace.c", "-o", binary], check=True)
+    return binary
+
+
+def command_with(lab: Lab, snapshot: Snapshot, backend: str, *more: str) -> list[str]:
+    """The image's own command line with another memory back-end, for a guest named `r`."""
+    launch = json.loads((snapshot.image / "manifest.json").read_text())["launch"]
+    run_directory = f"{lab.directory}/run/r"
+    argv = [part.replace(launch["run_directory"], run_directory) for part in launch["argv"]]
+    argv[argv.index("-object") + 1] = backend
+    return ["--", str(snapshot.qemu), *argv[1:], *more]
+
+
+def restore(
+    lab: Lab, prefix: list[str | Path], *arguments: object, name: str = "r"
+) -> tuple[Guest, subprocess.CompletedProcess[str]]:
+    """By the tool, started in a certain way."""
+    done = subprocess.run(
+        [*prefix, *cli_command("restore", "--json", "--name", name, *arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return lab.follow(done), done
+
+
+@pytest.mark.parametrize("kind", KIND_PARAMS)
+def test_memory_is_intact_though_qemu_may_not_be_traced(
+    kind: MemoryKind,
+    qemu_binary: Path,
+    lab: Lab,
+    snapshots: SharedSnapshots,
+    guest_image: GuestImage,
+    without_ptrace: Path,
+) -> None:
+    """One image into every kind of memory; `auto` finds the way by itself."""
+    snapshot = snapshots.checker(lab, guest_image, qemu_binary)
+    backend = lab.memory(kind, snapshot.ram_bytes).option()
+    guest, _ = restore(
+        lab,
+        [without_ptrace],
+        *("--no-background", snapshot.image),
+        *command_with(lab, snapshot, backend),
+    )
+    assert guest.result["attached_by"] == "preload"
+    goes_on_from(guest, snapshot)
+    guest.console.wait_passes(1)
+    status = guest.status()
+    assert status["statistics"]["pages_demand"] > 0
+    assert status["trouble"] == ""
+
+
+@pytest.mark.needs("qemu")
+def test_sandboxed_qemu_with_memory_filled_ahead_and_locked_starts_empty(
+    qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
+) -> None:
+    """prealloc and mem-lock are put off until the pages come; the sandbox allows all we need."""
+    snapshot = snapshots.checker(lab, guest_image, qemu)
+    kinds: tuple[MemoryKind, ...] = ("memfd", "anonymous")
+    for kind in kinds:
+        backend = lab.memory(kind, snapshot.ram_bytes).option() + ",prealloc=on"
+        more = ["-sandbox", "on,obsolete=deny,spawn=deny", "-overcommit", "mem-lock=on"]
+        options = ["--attach-by", "preload", "--no-background", snapshot.image]
+        guest, _ = restore(lab, [], *options, *command_with(lab, snapshot, backend, *more))
+        goes_on_from(guest, snapshot)
+        guest.console.wait_passes(1)
+        assert guest.status()["statistics"]["pages_data_missing"] > 0
+        guest.kill()
+
+
+@pytest.mark.needs("qemu", "root")
+def test_user_without_any_right_over_qemu_restores(
+    qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
+) -> None:
+    """The program may be executed and not read: so its /proc directory is closed to its own user,
+    and the kernel refuses every tracer (PR_SET_DUMPABLE(2const))."""
+    own = snapshots.checker(lab, guest_image, qemu).copy(lab.directory / "image")
+    program = lab.directory / "qemu-system-x86_64"
+    shutil.copy(qemu, program)
+    program.chmod(0o711)
+    device = lab.directory / "userfaultfd"
+    os.mknod(device, 0o666 | stat.S_IFCHR, Path("/dev/userfaultfd").stat().st_rdev)
+    device.chmod(0o666)
+    command = command_with(
+        lab, replace(own, qemu=program), lab.memory("memfd", own.ram_bytes).option()
+    )
+    for option in ("-kernel", "-initrd"):
+        at = command.index(option) + 1
+        command[at] = shutil.copy(command[at], str(lab.directory))
+    for path in (lab.directory, *lab.directory.rglob("*")):
+        if path != program:
+            os.chown(path, NOBODY, NOBODY)
+    lab.directory.chmod(0o755)
+    # Under a mount namespace of its own the device is everybody's.
+    prefix: list[str | Path] = ["unshare", "--mount", "sh", "-c"]
+    as_nobody = f"setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups --no-new-privs"
+    prefix += [f'mount --bind "{device}" /dev/userfaultfd && exec {as_nobody} "$@"', "sh"]
+    command += ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]
+    prefix = ["env", f"QEMU_MODULE_DIR={MODULES}", *prefix]
+    by_ptrace = ["restore", "--attach-by", "ptrace", "--name", "r", own.image, *command]
+    done = subprocess.run(
+        [*prefix, *cli_command(*by_ptrace)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 6, done.stderr
+    assert "Operation not permitted" in done.stderr or "Permission denied" in done.stderr
+    options = ["--attach-by", "preload", "--wait", "complete", own.image]
+    guest, _ = restore(lab, prefix, *options, *command)
+    assert Path(f"/proc/{guest.pid}/maps").stat().st_uid == 0
+    goes_on_from(guest, own)
+    guest.console.wait_passes(1)
+
+
+@pytest.mark.needs("qemu")
+def test_wrong_ram_size_is_told_as_ever(
+    qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
+) -> None:
+    snapshot = snapshots.checker(lab, guest_image, qemu)
+    command = command_with(lab, snapshot, lab.memory("memfd", 32 * MIB).option())
+    command[command.index("-m") + 1] = "32M"
+    refused(
+        *("restore", "--attach-by", "preload", "--name", "r", snapshot.image, *command),
+        status=5,
+        words=["RAM does not match", "-m and memory back-ends"],
+    )
+
+
+@pytest.mark.needs("qemu")
+def test_qemu_that_does_not_load_the_library_is_ended(
+    qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
+) -> None:
+    snapshot = snapshots.checker(lab, guest_image, qemu)
+    wrapper = lab.directory / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {qemu} "$@"\n')
+    wrapper.chmod(0o755)
+    refused(
+        *("restore", "--attach-by", "preload", "--name", "r", "--qemu", wrapper, snapshot.image),
+        status=6,
+        words=["without the preload library", "wrapper"],
+    )
+
+
+class Elsewhere:
+    """The library loaded into programs that are no QEMU."""
+
+    def __init__(self, directory: Path) -> None:
+        self.server = PreloadServer(directory, [16 * MIB])
+        self.environment = self.server.environment(dict(os.environ))
+
+    def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+
+@pytest.fixture
+def elsewhere(run_dir: Path) -> Iterator[Elsewhere]:
+    made = Elsewhere(run_dir)
+    yield made
+    made.server.close()
+
+
+def test_programs_that_are_no_qemu_are_left_alone(elsewhere: Elsewhere) -> None:
+    done = elsewhere.run("sh", "-c", f"echo $LD_PRELOAD; {sys.executable} -c 'import mmap, json'")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{library()}\n", "")
+
+
+def test_program_that_is_meant_ends_where_no_sidecar_answers(elsewhere: Elsewhere) -> None:
+    elsewhere.server.path.unlink()
+    done = elsewhere.run("env", QEMU_POSTCOPY_PRELOAD_PROGRAM="env")
+    assert done.returncode == EXIT_STATUS
+    assert "no sidecar at" in done.stderr
+    assert done.stdout == ""
+
+
+def test_program_that_is_meant_ends_where_it_is_to_become_a_daemon(elsewhere: Elsewhere) -> None:
+    done = elsewhere.run("true", "-daemonize", QEMU_POSTCOPY_PRELOAD_PROGRAM="true")
+    assert done.returncode == EXIT_STATUS
+    assert "-daemonize" in done.stderr
+
+
+def test_what_qemu_starts_knows_nothing_of_the_library(elsewhere: Elsewhere) -> None:
+    """`env` is the program that is meant, and prints what its children would get."""
+    other = "/lib/x86_64-linux-gnu/libm.so.6"
+    variables = {
+        **elsewhere.environment,
+        "QEMU_POSTCOPY_PRELOAD_PROGRAM": shutil.which("env") or "env",
+        "LD_PRELOAD": f"{elsewhere.environment['LD_PRELOAD']}:{other}",
+    }
+    taken: list[str] = []
+    with (
+        subprocess.Popen(["env"], env=variables, stdout=subprocess.PIPE, text=True) as program,
+        ProcessIdentity.open(program.pid) as identity,
+    ):
+        thread = threading.Thread(target=lambda: taken.append(serve(elsewhere, identity)))
+        thread.start()
+        said = program.communicate(timeout=60)[0]
+        thread.join(60)
+    assert program.returncode == 0
+    assert f"LD_PRELOAD={other}\n" in said
+    assert "PRELOAD_SOCKET" not in said and "PRELOAD_PROGRAM" not in said
+    assert taken == ["TargetGoneError"]  # it mapped no guest memory
+
+
+def serve(elsewhere: Elsewhere, identity: ProcessIdentity) -> str:
+    """How the server's work ends."""
+    try:
+        elsewhere.server.serve(identity)
+    except AttachError as error:
+        return type(error).__name__
+    return "taken"
