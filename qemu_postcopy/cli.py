@@ -27,6 +27,7 @@ ELSEWHERE = {
     "image": ("qemu_postcopy.image.commands", "image_commands", "Look into and convert images."),
     "bench": ("qemu_postcopy.bench.commands", "bench_commands", "Measure this host."),
     "images": ("qemu_postcopy.images.commands", "images_commands", "Build test guests."),
+    "serve": ("qemu_postcopy.serve", "serve_command", "Serve a VMM's own userfaultfd."),
     "demo": ("qemu_postcopy.demo", "demo_command", "Snapshot and resume a real guest, verified."),
 }
 

@@ -153,6 +153,8 @@ class Session:
         self._owned: QemuProcess | None = None
         self._qmp: Qmp | None = None
         self._layout: list[RamBlock] = []
+        #: how the userfaultfd is had
+        self.attached_by = "ptrace"
         self._way: AttachWay | None = None
         #: whom to ask what QEMU maps: QEMU's identity, or what knows it without looking
         self._target: ProcessIdentity | None = None
@@ -183,6 +185,7 @@ class Session:
 
         self._require(State.FOUND)
         self._way = way = self._choose_way()
+        self.attached_by = way.name
         self.launched_ns = time.monotonic_ns()
         try:
             self._owned = launch(argv, self.run.path, environment=way.environment())
@@ -257,14 +260,11 @@ class Session:
         Raises:
             AttachError: a page is there already, or another userfaultfd has the memory.
         """
-        from qemu_postcopy.paging import registration
         from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
         from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager, PagerBlock
         from qemu_postcopy.vm.attach import drop_ptrace_rights
-        from qemu_postcopy.vm.emptiness import require_empty
 
         self._require(State.SERVING)
-        assert self.identity is not None and self._target is not None
         blocks = [
             PagerBlock(
                 block.name,
@@ -292,16 +292,7 @@ class Session:
             spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
         )
         self._cleanup.callback(self.pager.close)
-        if self._way is None or not self._way.negotiated:
-            registration.negotiate(self._userfaultfd, self._features)
-        try:
-            for block in self._layout:
-                registration.register(self._userfaultfd, block.address, block.size_bytes)
-                require_empty(block, self._target)
-        except PostcopyError:
-            # ENOMEM also says that the process has exited (userfaultfd_register, fs/userfaultfd.c).
-            self.identity.require_alive()
-            raise
+        self._register()
         # Before the pager's thread: each thread has rights of its own.
         if self.options.drop_rights:
             drop_ptrace_rights()
@@ -507,7 +498,7 @@ class Session:
                 start_time=identity.start_time if identity else 0,
                 launched_ns=self.launched_ns,
                 sidecar_pid=os.getpid(),
-                attached_by=self._way.name if self._way else "ptrace",
+                attached_by=self.attached_by,
                 userfaultfd=self._userfaultfd_number,
                 chunk_size=self.options.chunk_size or self.image.manifest.chunk_size_bytes,
                 blocks=[
@@ -565,6 +556,23 @@ class Session:
         self._prepare()
         self._owned.ask_ahead((*QUESTIONS, *LOAD_QUESTIONS), self._device_state)
         self._qmp = await self._owned.connect()
+
+    def _register(self) -> None:
+        """Puts all memory under the userfaultfd, and makes sure that none of it is filled."""
+        from qemu_postcopy.paging import registration
+        from qemu_postcopy.vm.emptiness import require_empty
+
+        assert self.identity is not None and self._target is not None
+        if self._way is None or not self._way.negotiated:
+            registration.negotiate(self._userfaultfd, self._features)
+        try:
+            for block in self._layout:
+                registration.register(self._userfaultfd, block.address, block.size_bytes)
+                require_empty(block, self._target)
+        except PostcopyError:
+            # ENOMEM also says that the process has exited (userfaultfd_register, fs/userfaultfd.c).
+            self.identity.require_alive()
+            raise
 
     def _choose_way(self) -> AttachWay:
         from qemu_postcopy.vm import ways

@@ -6,6 +6,8 @@ comes from the mapper; the addresses are the mapper's.  Rests on ioctl_userfault
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qemu_postcopy._native import check, ffi, lib, new_error
 
 
@@ -23,6 +25,11 @@ def kernel_features() -> int:
         hint="run as root, or let this user open /dev/userfaultfd; `qemu-postcopy doctor` tells",
     )
     return int(features[0])
+
+
+def is_userfaultfd(descriptor: int) -> bool:
+    """Whether a descriptor that came from elsewhere is one."""
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "anon_inode:[userfaultfd]"
 
 
 def negotiate(userfaultfd: int, available: int | None = None) -> int:

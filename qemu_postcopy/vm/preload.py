@@ -304,7 +304,7 @@ class PreloadServer:
         kind, fields, descriptor = _receive(channel, identity)
         if descriptor >= 0:
             self._userfaultfd = descriptor
-        if kind != DESCRIPTOR or descriptor < 0 or not _is_userfaultfd(descriptor):
+        if kind != DESCRIPTOR or descriptor < 0 or not registration.is_userfaultfd(descriptor):
             raise AttachError("QEMU's preload library has handed over what is no userfaultfd")
         self._remote_number = fields[0]
         registration.negotiate(descriptor)
@@ -353,10 +353,6 @@ def _receive(
         )
     _, kind, number, shared, address, size, offset = MESSAGE.unpack(data)
     return kind, (number, shared, address, size, offset), descriptor
-
-
-def _is_userfaultfd(descriptor: int) -> bool:
-    return str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "anon_inode:[userfaultfd]"
 
 
 def _go_on(channel: socket.socket) -> None:
