@@ -7,6 +7,7 @@
 #include "uffd.h"
 
 #define MERGED_ZEROS 8 /* pages */
+#define WAKE_TOGETHER 4 /* faults: see serve_batch() */
 /* The background waits until no fault came for so long, but fills a unit now and then anyway. */
 #define BACKGROUND_QUIET_NS 1000000ull
 #define BACKGROUND_AT_LEAST_NS 20000000ull
@@ -39,21 +40,43 @@ static void wake(struct qpc_pager *p, uint64_t start, uint64_t length)
     qpc_uffd_wake(p->uffd, start, length, NULL);
 }
 
+static void wake_now(struct qpc_pager *p)
+{
+    for (uint32_t i = 0; i < p->wake_count; i++)
+        qpc_uffd_wake(p->uffd, p->wakes[i].start, p->wakes[i].length, NULL);
+    p->wake_count = 0;
+}
+
+static void wake_afterwards(struct qpc_pager *p, uint64_t start, uint64_t length)
+{
+    if (p->wake_count == QPC_PAGER_BATCH)
+        wake_now(p);
+    p->wakes[p->wake_count].start = start;
+    p->wakes[p->wake_count++].length = length;
+}
+
+/*
+ * Pages [first, last) were read: counts them. What the source has where the bitmap says zero means
+ * nothing (mapped-ram leaves stale data).
+ */
+static void note_read(struct qpc_pager *p, const struct block *b, uint64_t first, uint64_t last,
+                      uint8_t *buffer)
+{
+    COUNT(p->statistics.bytes_read, (last - first) << b->page_shift);
+    for (uint64_t page = first; page < last; page++)
+        if (!has_data(b, page))
+            memset(buffer + ((page - first) << b->page_shift), 0, b->is.page_size);
+}
+
 /* Reads pages [first, last) into the buffer: all of them, or an errno says why not. */
 static int read_source(struct qpc_pager *p, const struct block *b, uint64_t first, uint64_t last)
 {
-    uint64_t length = (last - first) << b->page_shift;
     int errnum = qpc_source_read(b->is.source, b->is.source_offset + (first << b->page_shift),
-                                 length, p->buffer);
+                                 (last - first) << b->page_shift, p->buffer);
 
-    if (errnum)
-        return errnum;
-    COUNT(p->statistics.bytes_read, length);
-    /* What the source has where the bitmap says zero means nothing (mapped-ram leaves stale data). */
-    for (uint64_t page = first; page < last; page++)
-        if (!has_data(b, page))
-            memset(p->buffer + ((page - first) << b->page_shift), 0, b->is.page_size);
-    return 0;
+    if (!errnum)
+        note_read(p, b, first, last, p->buffer);
+    return errnum;
 }
 
 static enum fill note_source_error(struct qpc_pager *p, const struct block *b, uint64_t page,
@@ -83,14 +106,16 @@ static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page,
         enum qpc_outcome outcome;
 
         if (data)
-            outcome = qpc_uffd_copy(p->uffd, address, data, length, &done);
+            outcome = qpc_uffd_copy(p->uffd, address, data, length, !p->wake_later, &done);
         else if (!p->zeros || page_size == 4096)
             outcome = qpc_uffd_zeropage(p->uffd, address, length, &done);
         else
-            outcome = qpc_uffd_copy(p->uffd, address, p->zeros, page_size, &done);
+            outcome = qpc_uffd_copy(p->uffd, address, p->zeros, page_size, 1, &done);
 
         pages_done = done >> b->page_shift;
         qpc_pager_set_pages(p, b, page, pages_done, final);
+        if (data && done && p->wake_later)
+            wake_afterwards(p, address, done);
         page += pages_done;
         if (data)
             data += done;
@@ -165,12 +190,12 @@ static enum kind page_kind(const struct block *b, uint64_t page)
 
 /* Copies the buffer, which holds pages [first, last), into the mapper. */
 static enum fill copy_run(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t last,
-                          _Atomic uint64_t *counter)
+                          const uint8_t *buffer, _Atomic uint64_t *counter)
 {
     enum fill result;
 
     qpc_pager_set_pages(p, b, first, last - first, QPC_PAGE_FILLING);
-    result = fill_pages(p, b, first, last - first, p->buffer, QPC_PAGE_PRESENT);
+    result = fill_pages(p, b, first, last - first, buffer, QPC_PAGE_PRESENT);
     if (result == FILL_DONE) {
         uint64_t data = 0;
 
@@ -232,20 +257,24 @@ static int find_data_run(const struct block *b, uint64_t page, uint64_t *first, 
     return 1;
 }
 
-static uint64_t pages_per_chunk(const struct qpc_pager *p, const struct block *b)
+static void chunk_around(const struct qpc_pager *p, const struct block *b, uint64_t page,
+                         uint64_t *first, uint64_t *last)
 {
-    return p->chunk_size > b->is.page_size ? p->chunk_size >> b->page_shift : 1;
+    uint64_t chunk_pages =
+        p->chunk_size > b->is.page_size ? p->chunk_size >> b->page_shift : 1;
+
+    *first = page & ~(chunk_pages - 1);
+    *last = min_u64(*first + chunk_pages, b->page_count);
 }
 
 static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
 {
-    uint64_t chunk_pages = pages_per_chunk(p, b);
-    uint64_t first = page & ~(chunk_pages - 1);
-    uint64_t last = min_u64(first + chunk_pages, b->page_count);
     enum kind kind = page_kind(b, page);
+    uint64_t first, last;
     enum fill result;
     int errnum;
 
+    chunk_around(p, b, page, &first, &last);
     if (find_data_run(b, page, &first, &last))
         kind = KIND_DATA;
     switch (kind) {
@@ -262,7 +291,7 @@ static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
         if (errnum) /* known to be zero: needs no source */
             result = fill_pages(p, b, page, 1, NULL, QPC_PAGE_PRESENT);
         else
-            result = copy_run(p, b, first, last, &p->statistics.pages_demand);
+            result = copy_run(p, b, first, last, p->buffer, &p->statistics.pages_demand);
         break;
     case KIND_ZERO:
         find_run(b, page, kind, &first, &last);
@@ -287,6 +316,13 @@ static void note_latency(struct qpc_pager *p, uint64_t read_ns, uint64_t now)
     unsigned bucket = us ? 64u - (unsigned)__builtin_clzll(us) : 0;
 
     COUNT(p->statistics.latency_us[bucket < 24 ? bucket : 23], 1u);
+}
+
+static void note_answered(struct qpc_pager *p, const struct fault *fault, uint64_t now)
+{
+    note_latency(p, fault->read_ns, now);
+    p->answered_ns = now;
+    p->spin_armed = 1;
 }
 
 static uint64_t backoff_ns(uint32_t attempts, uint64_t first, uint64_t last)
@@ -314,9 +350,7 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
         now = now_ns();
         switch (result) {
         case FILL_DONE:
-            note_latency(p, fault.read_ns, now);
-            p->answered_ns = now;
-            p->spin_armed = 1;
+            note_answered(p, &fault, now);
             return;
         case FILL_GONE:
             /* Nobody can be waiting for it properly: let the thread see for itself. */
@@ -343,6 +377,107 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
     }
 }
 
+/* A fault of a batch, and what is filled for it. */
+struct planned {
+    struct fault fault;
+    uint64_t first, last; /* pages */
+};
+
+/* The part that fills the page of this fault as well, or -1. */
+static int find_planned(const struct planned *planned, uint32_t count, const struct fault *fault)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (planned[i].fault.block == fault->block && planned[i].first <= fault->page &&
+            fault->page < planned[i].last)
+            return (int)i;
+    return -1;
+}
+
+/*
+ * Takes up to `most` faults from the queue and answers them together: all reads, then all COPYs.
+ * A source can have several reads at the same time, or check once for all of them. Where many
+ * threads wait they are woken after the last COPY: somebody else runs there meanwhile, and wake-ups
+ * one after the other cost less. Nobody reads messages between planning and COPY, so the ledger is
+ * what it was. What does not go straight through is served one by one afterwards. Returns how many
+ * faults were taken.
+ */
+static uint32_t serve_batch(struct qpc_pager *p, uint32_t most)
+{
+    struct planned planned[QPC_PAGER_BATCH];
+    struct qpc_source_part parts[QPC_PAGER_BATCH];
+    struct { struct fault fault; int part; } others[QPC_PAGER_BATCH];
+    int filled[QPC_PAGER_BATCH] = { 0 };
+    uint32_t taken = 0, count = 0, other_count = 0, next;
+    uint64_t used = 0, now;
+
+    while (taken < most && count < QPC_PAGER_BATCH && other_count < QPC_PAGER_BATCH) {
+        struct fault fault = qpc_pager_unqueue_fault(p);
+        struct block *b = &p->blocks[fault.block];
+        uint64_t first, last, length;
+        int part;
+
+        taken++;
+        if (fault.due_ns && fault.due_ns > now_ns()) {
+            qpc_pager_queue_fault(p, &fault);
+            continue;
+        }
+        part = find_planned(planned, count, &fault);
+        chunk_around(p, b, fault.page, &first, &last);
+        if (fault.due_ns || part >= 0 || !find_data_run(b, fault.page, &first, &last)) {
+            others[other_count].fault = fault;
+            others[other_count++].part = part;
+            continue;
+        }
+        length = (last - first) << b->page_shift;
+        if (used + length > p->buffer_size) {
+            others[other_count].fault = fault;
+            others[other_count++].part = -1;
+            break;
+        }
+        planned[count] = (struct planned){ fault, first, last };
+        parts[count++] = (struct qpc_source_part){
+            b->is.source_offset + (first << b->page_shift), length, p->buffer + used, 0
+        };
+        used += length;
+    }
+    for (uint32_t i = 0; i < count; i = next) {
+        struct qpc_source *source = p->blocks[planned[i].fault.block].is.source;
+
+        for (next = i + 1; next < count; next++)
+            if (p->blocks[planned[next].fault.block].is.source != source)
+                break;
+        qpc_source_read_parts(source, &parts[i], next - i);
+    }
+    p->wake_later = count >= WAKE_TOGETHER;
+    for (uint32_t i = 0; i < count; i++) {
+        struct block *b = &p->blocks[planned[i].fault.block];
+
+        if (parts[i].errnum)
+            continue;
+        note_read(p, b, planned[i].first, planned[i].last, parts[i].buffer);
+        if (copy_run(p, b, planned[i].first, planned[i].last, parts[i].buffer,
+                     &p->statistics.pages_demand) != FILL_DONE)
+            continue;
+        filled[i] = 1;
+        b->cursor = planned[i].last;
+    }
+    p->wake_later = 0;
+    wake_now(p);
+    now = now_ns();
+    for (uint32_t i = 0; i < count; i++)
+        if (filled[i])
+            note_answered(p, &planned[i].fault, now);
+        else
+            serve_fault(p, planned[i].fault);
+    for (uint32_t i = 0; i < other_count; i++)
+        /* Whoever waited for any page of a part was woken with it. */
+        if (others[i].part >= 0 && filled[others[i].part])
+            note_answered(p, &others[i].fault, now);
+        else
+            serve_fault(p, others[i].fault);
+    return taken;
+}
+
 /* How many attempts stand failed now; the operator is told when that begins and when it ends. */
 static void tell_failing(struct qpc_pager *p, uint64_t faults_failed)
 {
@@ -360,14 +495,8 @@ uint64_t qpc_pager_serve_queue(struct qpc_pager *p)
 {
     uint64_t next = 0, failed = 0;
 
-    for (uint32_t left = p->queue_count; left && !stop_wanted(p); left--) {
-        struct fault fault = qpc_pager_unqueue_fault(p);
-
-        if (fault.due_ns && fault.due_ns > now_ns())
-            qpc_pager_queue_fault(p, &fault);
-        else
-            serve_fault(p, fault);
-    }
+    for (uint32_t left = p->queue_count; left && !stop_wanted(p);)
+        left -= serve_batch(p, left);
     SET(p->statistics.faults_waiting, p->queue_count);
     if (p->faults_dropped && p->queue_count < QPC_PAGER_QUEUE_LENGTH / 2) {
         /* Threads whose fault found no room fault anew. */
@@ -457,7 +586,8 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
         find_run(b, first, KIND_DATA, &first, &last);
         errnum = read_source(p, b, first, last);
         switch (errnum ? note_source_error(p, b, first, errnum)
-                       : copy_run(p, b, first, last, &p->statistics.pages_background)) {
+                       : copy_run(p, b, first, last, p->buffer,
+                                &p->statistics.pages_background)) {
         case FILL_DONE:
             b->cursor = last;
             p->background_attempts = 0;

@@ -22,6 +22,7 @@
 #ifndef QPC_PAGER_QUEUE_LENGTH
 #define QPC_PAGER_QUEUE_LENGTH 16384u
 #endif
+#define QPC_PAGER_BATCH 8u /* faults that are read, filled and woken together */
 #define QPC_PAGER_BACKGROUND_UNIT (128u << 10)
 
 /* Counters: one writer, any readers. A plain load and store is enough, and compiles to one add. */
@@ -54,7 +55,7 @@ struct qpc_pager {
     int notify_fd;
     uint64_t chunk_size;
     uint64_t spin_limit_ns;
-    uint8_t *buffer; /* one chunk or one page, whichever is larger; page-aligned */
+    uint8_t *buffer; /* at least one chunk or page, whichever is larger; page-aligned */
     uint64_t buffer_size;
     struct uffd_msg *messages; /* the journal, or memory of our own */
     struct uffd_msg *own_messages;
@@ -64,6 +65,10 @@ struct qpc_pager {
     uint32_t queue_head;
     uint32_t queue_count;
     int faults_dropped;  /* the ring was full: a wake-up of everything makes them come again */
+
+    struct { uint64_t start, length; } wakes[QPC_PAGER_BATCH]; /* filled, and to be woken */
+    uint32_t wake_count;
+    int wake_later;
 
     uint64_t background_block;
     uint64_t background_tokens;

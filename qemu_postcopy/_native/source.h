@@ -51,8 +51,21 @@ void qpc_source_cancel(struct qpc_source *source, int on);
 void qpc_source_close(struct qpc_source *source);
 /* cdef-end */
 
+/* One range of several that are read together. */
+struct qpc_source_part {
+    uint64_t offset;
+    uint64_t length;
+    void *buffer;
+    int errnum; /* the answer, as of read() */
+};
+
 struct qpc_source_operations {
     int (*read)(struct qpc_source *source, uint64_t offset, uint64_t length, void *buffer);
+    /*
+     * Several ranges, each with its own answer: for a source that can have them at the same time, or
+     * check once for all of them. NULL: one after the other.
+     */
+    void (*read_parts)(struct qpc_source *source, struct qpc_source_part *parts, uint32_t count);
     void (*cancel)(struct qpc_source *source, int on); /* NULL: reads never wait for long */
     void (*close)(struct qpc_source *source);          /* frees it */
 };
@@ -65,6 +78,18 @@ static inline int qpc_source_read(struct qpc_source *source, uint64_t offset, ui
                                   void *buffer)
 {
     return source->operations->read(source, offset, length, buffer);
+}
+
+static inline void qpc_source_read_parts(struct qpc_source *source, struct qpc_source_part *parts,
+                                         uint32_t count)
+{
+    if (count > 1 && source->operations->read_parts) {
+        source->operations->read_parts(source, parts, count);
+        return;
+    }
+    for (uint32_t i = 0; i < count; i++)
+        parts[i].errnum =
+            qpc_source_read(source, parts[i].offset, parts[i].length, parts[i].buffer);
 }
 
 #endif

@@ -171,7 +171,7 @@ static void chaos_close(struct qpc_source *source)
 }
 
 static const struct qpc_source_operations chaos_operations = {
-    chaos_read, chaos_cancel, chaos_close
+    chaos_read, NULL, chaos_cancel, chaos_close
 };
 
 static int are_times(uint64_t first_us, uint64_t last_us)

@@ -9,32 +9,59 @@
 struct file_source {
     struct qpc_source source;
     int fd;
+    int has_size; /* a regular file */
 };
 
-/*
- * The size is asked again after the data was read: a file cut short meanwhile shows zeros in the
- * rest of its last page, and what was read while the size still covered it was data.
- */
-static int file_read(struct qpc_source *source, uint64_t offset, uint64_t length, void *buffer)
+static int read_all(int fd, uint64_t offset, uint64_t length, char *buffer)
 {
-    int fd = ((struct file_source *)source)->fd;
-    uint64_t done = 0;
-    struct stat st;
-
-    while (done < length) {
-        ssize_t n = pread(fd, (char *)buffer + done, length - done, (off_t)(offset + done));
+    while (length) {
+        ssize_t n = pread(fd, buffer, length, (off_t)offset);
 
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
             return n < 0 ? errno : ENODATA;
-        done += (uint64_t)n;
+        offset += (uint64_t)n;
+        length -= (uint64_t)n;
+        buffer += n;
     }
-    if (fstat(fd, &st) < 0)
-        return errno;
-    if (S_ISREG(st.st_mode) && (uint64_t)st.st_size < offset + length)
-        return ENODATA;
     return 0;
+}
+
+/*
+ * The size is asked again after the data was read: a file cut short meanwhile shows zeros in the
+ * rest of its last page, and what was read while the size still covered it was data. lseek(2) tells
+ * it for half of what fstat(2) costs; nobody uses the descriptor's own offset.
+ */
+static void file_read_parts(struct qpc_source *source, struct qpc_source_part *parts,
+                            uint32_t count)
+{
+    const struct file_source *file = (struct file_source *)source;
+    uint64_t size = UINT64_MAX;
+    int errnum = 0;
+
+    for (uint32_t i = 0; i < count; i++)
+        parts[i].errnum = read_all(file->fd, parts[i].offset, parts[i].length, parts[i].buffer);
+    if (file->has_size) {
+        off_t end = lseek(file->fd, 0, SEEK_END);
+
+        size = (uint64_t)end;
+        errnum = end < 0 ? errno : 0;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        if (!parts[i].errnum && size < parts[i].offset + parts[i].length)
+            parts[i].errnum = ENODATA;
+        if (errnum)
+            parts[i].errnum = errnum;
+    }
+}
+
+static int file_read(struct qpc_source *source, uint64_t offset, uint64_t length, void *buffer)
+{
+    struct qpc_source_part part = { offset, length, buffer, 0 };
+
+    file_read_parts(source, &part, 1);
+    return part.errnum;
 }
 
 static void file_close(struct qpc_source *source)
@@ -45,10 +72,13 @@ static void file_close(struct qpc_source *source)
 
 struct qpc_source *qpc_source_open_file(int fd, struct qpc_error *err)
 {
-    static const struct qpc_source_operations operations = { file_read, NULL, file_close };
+    static const struct qpc_source_operations operations = {
+        file_read, file_read_parts, NULL, file_close
+    };
     struct file_source *source;
+    struct stat st;
 
-    if (fd < 0) {
+    if (fd < 0 || fstat(fd, &st) < 0) {
         qpc_error_set(err, QPC_INVALID, 0, "%d is not a descriptor to read page data from", fd);
         return NULL;
     }
@@ -57,6 +87,6 @@ struct qpc_source *qpc_source_open_file(int fd, struct qpc_error *err)
         qpc_error_set(err, QPC_SYSTEM, ENOMEM, "no memory for a source");
         return NULL;
     }
-    *source = (struct file_source){ { &operations }, fd };
+    *source = (struct file_source){ { &operations }, fd, S_ISREG(st.st_mode) };
     return &source->source;
 }

@@ -128,9 +128,10 @@ static enum qpc_outcome outcome_of(int64_t result, uint64_t *done)
 }
 
 enum qpc_outcome qpc_uffd_copy(int uffd, uint64_t start, const void *from, uint64_t length,
-                               uint64_t *done)
+                               int wake, uint64_t *done)
 {
-    struct uffdio_copy copy = { .dst = start, .src = (uintptr_t)from, .len = length };
+    struct uffdio_copy copy = { .dst = start, .src = (uintptr_t)from, .len = length,
+                                .mode = wake ? 0 : UFFDIO_COPY_MODE_DONTWAKE };
 
     if (ioctl(uffd, UFFDIO_COPY, &copy) == 0) {
         *done = length;

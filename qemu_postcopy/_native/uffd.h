@@ -60,10 +60,10 @@ int qpc_uffd_wake(int uffd, uint64_t start, uint64_t length, struct qpc_error *e
 
 /*
  * Fills [start, start+length) from `from`, or with zeros. *done is the count of bytes filled, also
- * where the outcome is not QPC_FILLED (the kernel may stop half-way).
+ * where the outcome is not QPC_FILLED (the kernel may stop half-way). Without `wake` whoever waits there goes on waiting.
  */
 enum qpc_outcome qpc_uffd_copy(int uffd, uint64_t start, const void *from, uint64_t length,
-                               uint64_t *done);
+                               int wake, uint64_t *done);
 enum qpc_outcome qpc_uffd_zeropage(int uffd, uint64_t start, uint64_t length, uint64_t *done);
 
 #endif

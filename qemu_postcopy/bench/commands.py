@@ -100,6 +100,13 @@ def bench_commands() -> None:
     help="Threads that touch.",
 )
 @click.option(
+    "--descriptors",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Equal parts of the memory, each with a userfaultfd and a handling thread of its own.",
+)
+@click.option(
     "--chunk",
     "chunk_sizes",
     callback=listed(chunk_size),
@@ -129,6 +136,7 @@ def faults_command(
     pages: int | None,
     order: str,
     threads: tuple[int, ...],
+    descriptors: int,
     chunk_sizes: tuple[int, ...],
     memory: str,
     runs: int,
@@ -148,6 +156,7 @@ def faults_command(
         pages=pages or DEFAULT_PAGES[memory],
         orders=("sequential", "random") if order == "both" else (order,),
         threads=threads,
+        descriptors=descriptors,
         chunk_sizes=chunk_sizes,
         memory=memory,
         runs=runs,

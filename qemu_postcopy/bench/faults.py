@@ -49,10 +49,12 @@ class Case:
     order: str
     threads: int
     chunk_size: int
+    descriptors: int = 1
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.order}, {threads}, chunk {self.chunk_size >> 10} KiB"
+        descriptors = "" if self.descriptors == 1 else f", {self.descriptors} descriptors"
+        return f"{self.order}, {threads}{descriptors}, chunk {self.chunk_size >> 10} KiB"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class FaultBench:
     """What to measure.
 
     ``memory`` is "memfd", "anonymous" or "hugetlb" (``pages`` counts its pages, of 4 KiB or 2 MiB);
-    ``directory`` gets the file that page data comes from, and should be a tmpfs.
+    ``directory`` gets the file that page data comes from, and should be a tmpfs; ``descriptors`` is
+    the number of equal parts that the memory is cut into, each with its userfaultfd and handler.
     """
 
     pages: int
@@ -79,6 +82,7 @@ class FaultBench:
     memory: str
     runs: int
     directory: Path
+    descriptors: int = 1
     say: Callable[[str], None] = field(default=lambda text: None)
 
     def run(self) -> Report:
@@ -102,7 +106,7 @@ class FaultBench:
                 f"The toucher is pinned to processor {toucher_cpu}, the handler to {handler_cpu}."
             )
         cases = [
-            Case(order, threads, chunk)
+            Case(order, threads, chunk, self.descriptors)
             for chunk in self.chunk_sizes
             for threads in self.threads
             for order in self.orders
@@ -184,6 +188,7 @@ class _Stand:
         """A toucher that waits for its handler at the other end of the socket."""
         ours, theirs = socket.socketpair()
         words = [self.bench.memory, self.bench.pages, case.order, case.threads, self.toucher_cpu, 0]
+        words.append(case.descriptors)
         with ours, theirs:
             process = subprocess.Popen(
                 [self.programs / "toucher", *map(str, words)],
@@ -201,7 +206,7 @@ class _Stand:
     def bare(self, kind: str, case: Case) -> Run:
         """One run with the bare handler."""
         with self.toucher(case) as (toucher, connection):
-            words = [kind, self.source, case.chunk_size, self.handler_cpu]
+            words = [kind, self.source, case.chunk_size, self.handler_cpu, case.descriptors]
             handler = subprocess.Popen(
                 [self.programs / "bare_handler", *map(str, words)], stdin=connection.fileno()
             )
@@ -214,42 +219,42 @@ class _Stand:
                 handler.wait()
 
     def ours(self, case: Case) -> Run:
-        """One run with the pager, in a thread of this process."""
+        """One run with the pager, in threads of this process."""
         with self.toucher(case) as (toucher, connection), ExitStack() as stack:
-            message, (userfaultfd,), _, _ = socket.recv_fds(connection, HANDOVER.size, 1)
-            stack.callback(os.close, userfaultfd)
-            address, length, page_size = HANDOVER.unpack(message)
-            registration.negotiate(userfaultfd)
-            registration.register(userfaultfd, address, length)
             source = FileSource(os.open(self.source, os.O_RDONLY | os.O_CLOEXEC))
             stack.enter_context(source)
-            path = self.place / "ledger"
-            block = LedgerBlock("m0", page_size, length)
-            ledger = stack.enter_context(Ledger.create(path, [block]))
-            stack.callback(path.unlink)
-            pager = Pager(
-                userfaultfd,
-                [
-                    PagerBlock(
-                        name="m0",
-                        address=address,
-                        length=length,
-                        page_size=page_size,
-                        source=source,
-                        source_offset=0,
-                        data_bitmap=b"\xff" * -(-block.page_count // 8),
-                    )
-                ],
-                ledger,
-                chunk_size=case.chunk_size,
-                background=False,
-            )
-            stack.enter_context(pager)
-            # The thread begins with the processors of the one that starts it.
+            pagers = []
+            offset = 0
+            for index in range(case.descriptors):
+                message, (userfaultfd,), _, _ = socket.recv_fds(connection, HANDOVER.size, 1)
+                stack.callback(os.close, userfaultfd)
+                address, length, page_size = HANDOVER.unpack(message)
+                registration.negotiate(userfaultfd)
+                registration.register(userfaultfd, address, length)
+                path = self.place / f"ledger{index}"
+                entry = LedgerBlock("m0", page_size, length)
+                ledger = stack.enter_context(Ledger.create(path, [entry]))
+                stack.callback(path.unlink)
+                block = PagerBlock(
+                    name="m0",
+                    address=address,
+                    length=length,
+                    page_size=page_size,
+                    source=source,
+                    source_offset=offset,
+                    data_bitmap=b"\xff" * -(-entry.page_count // 8),
+                )
+                pager = Pager(
+                    userfaultfd, [block], ledger, chunk_size=case.chunk_size, background=False
+                )
+                pagers.append(stack.enter_context(pager))
+                offset += length
+            # A thread begins with the processors of the one that starts it.
             before = os.sched_getaffinity(0)
             os.sched_setaffinity(0, {self.handler_cpu})
             try:
-                pager.start()
+                for pager in pagers:
+                    pager.start()
             finally:
                 os.sched_setaffinity(0, before)
             connection.send(b"g")

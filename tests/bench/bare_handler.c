@@ -1,9 +1,10 @@
 /*
- * The yardstick: the least a userfaultfd handler can do. One thread reads one fault at a time and
- * copies one chunk from a mapped file, from a blocking or from a spinning read. No ledger, no
- * counters, no events, no errors worth the name.
+ * The yardstick: the least a userfaultfd handler can do. One thread for each descriptor reads one
+ * fault at a time and copies one chunk from a mapped file, from a blocking or from a spinning read.
+ * No ledger, no counters, no events, no errors worth the name.
  *
- *   bare_handler block|spin FILE CHUNK CPU|-1  (the toucher is at the other end of standard input)
+ *   bare_handler block|spin FILE CHUNK CPU|-1 DESCRIPTORS
+ *                                              (the toucher is at the other end of standard input)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +19,13 @@
 
 #include "handover.h"
 
+struct handler {
+    struct handover part;
+    int uffd;
+    const char *source; /* of the part's first byte */
+    uint64_t chunk;
+};
+
 static void *leave_with_the_toucher(void *unused)
 {
     char byte;
@@ -28,32 +36,71 @@ static void *leave_with_the_toucher(void *unused)
     _exit(0);
 }
 
+static void *answer(void *argument)
+{
+    const struct handler *h = argument;
+
+    for (;;) {
+        struct uffd_msg message;
+        struct uffdio_copy copy = { 0 };
+        uint64_t offset;
+
+        if (read(h->uffd, &message, sizeof(message)) != (ssize_t)sizeof(message))
+            continue;
+        offset = (message.arg.pagefault.address - h->part.address) & ~(h->chunk - 1);
+        copy.dst = h->part.address + offset;
+        copy.src = (uintptr_t)h->source + offset;
+        copy.len = h->chunk < h->part.length - offset ? h->chunk : h->part.length - offset;
+        while (ioctl(h->uffd, UFFDIO_COPY, &copy) < 0) {
+            struct uffdio_range range = { copy.dst, copy.len };
+
+            if (copy.copy > 0) {
+                copy.dst += (uint64_t)copy.copy;
+                copy.src += (uint64_t)copy.copy;
+                copy.len -= (uint64_t)copy.copy;
+            } else {
+                ioctl(h->uffd, UFFDIO_WAKE, &range);
+                break;
+            }
+        }
+    }
+    return NULL;
+}
+
 int main(int argc, char **argv)
 {
-    struct uffdio_api api = { .api = UFFD_API };
-    struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
-    struct handover h;
-    uint64_t chunk;
-    pthread_t watcher;
+    static struct handler handlers[64];
+    uint64_t chunk, length = 0;
     const char *source;
-    int uffd, file, spin, cpu;
+    int file, spin, cpu, count;
+    pthread_t thread;
 
-    if (argc != 5)
-        die("usage: bare_handler block|spin FILE CHUNK CPU");
+    if (argc != 6)
+        die("usage: bare_handler block|spin FILE CHUNK CPU DESCRIPTORS");
     spin = !strcmp(argv[1], "spin");
     chunk = strtoull(argv[3], NULL, 0);
     cpu = atoi(argv[4]);
-    uffd = receive_handover(STDIN_FILENO, &h);
-    if (ioctl(uffd, UFFDIO_API, &api) < 0)
-        die("UFFDIO_API");
-    reg.range.start = h.address;
-    reg.range.len = h.length;
-    if (ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
-        die("UFFDIO_REGISTER");
-    if (chunk < h.page_size)
-        chunk = h.page_size;
+    count = atoi(argv[5]);
+    if (count < 1 || count > 64)
+        die("descriptors");
+    for (int i = 0; i < count; i++) {
+        struct uffdio_api api = { .api = UFFD_API };
+        struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+        struct handler *h = &handlers[i];
+
+        h->uffd = receive_handover(STDIN_FILENO, &h->part);
+        if (ioctl(h->uffd, UFFDIO_API, &api) < 0)
+            die("UFFDIO_API");
+        reg.range.start = h->part.address;
+        reg.range.len = h->part.length;
+        if (ioctl(h->uffd, UFFDIO_REGISTER, &reg) < 0)
+            die("UFFDIO_REGISTER");
+        h->chunk = chunk < h->part.page_size ? h->part.page_size : chunk;
+        length += h->part.length;
+        fcntl(h->uffd, F_SETFL, spin ? O_NONBLOCK : 0);
+    }
     file = open(argv[2], O_RDONLY | O_CLOEXEC);
-    source = mmap(NULL, h.length, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
+    source = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
     if (file < 0 || source == MAP_FAILED)
         die("source");
     if (cpu >= 0) {
@@ -63,31 +110,13 @@ int main(int argc, char **argv)
         CPU_SET(cpu, &set);
         sched_setaffinity(0, sizeof(set), &set);
     }
-    fcntl(uffd, F_SETFL, spin ? O_NONBLOCK : 0);
-    if (write(STDIN_FILENO, "g", 1) != 1 || pthread_create(&watcher, NULL, leave_with_the_toucher, NULL))
+    for (int i = 0; i < count; i++)
+        handlers[i].source = source + (handlers[i].part.address - handlers[0].part.address);
+    if (write(STDIN_FILENO, "g", 1) != 1 ||
+        pthread_create(&thread, NULL, leave_with_the_toucher, NULL))
         die("start");
-    for (;;) {
-        struct uffd_msg message;
-        struct uffdio_copy copy = { 0 };
-        uint64_t offset;
-
-        if (read(uffd, &message, sizeof(message)) != (ssize_t)sizeof(message))
-            continue;
-        offset = (message.arg.pagefault.address - h.address) & ~(chunk - 1);
-        copy.dst = h.address + offset;
-        copy.src = (uintptr_t)source + offset;
-        copy.len = chunk < h.length - offset ? chunk : h.length - offset;
-        while (ioctl(uffd, UFFDIO_COPY, &copy) < 0) {
-            struct uffdio_range range = { copy.dst, copy.len };
-
-            if (copy.copy > 0) {
-                copy.dst += (uint64_t)copy.copy;
-                copy.src += (uint64_t)copy.copy;
-                copy.len -= (uint64_t)copy.copy;
-            } else {
-                ioctl(uffd, UFFDIO_WAKE, &range);
-                break;
-            }
-        }
-    }
+    for (int i = 1; i < count; i++)
+        if (pthread_create(&thread, NULL, answer, &handlers[i]))
+            die("start");
+    answer(&handlers[0]);
 }

@@ -1,10 +1,10 @@
 /*
- * A mapper to measure with: maps memory, hands its userfaultfd over the socket that is its
- * standard input, waits for a byte, touches every page in the order asked for and times each touch.
+ * A mapper to measure with: maps memory, hands its userfaultfds over the socket that is its
+ * standard input (one for each equal part of the memory, in order), waits for a byte, touches every page in the order asked for and times each touch.
  * Prints one line of JSON. Page n of the source is expected to hold word w = mix(n * 512 + w),
  * or zeros where the source has a hole; every page is compared in full afterwards.
  *
- *   toucher memfd|anonymous|hugetlb PAGES sequential|random THREADS CPU|-1 HOLE_EVERY
+ *   toucher memfd|anonymous|hugetlb PAGES sequential|random THREADS CPU|-1 HOLE_EVERY DESCRIPTORS
  *
  * HOLE_EVERY = k: pages n with n % k == k - 1 are holes (0: none).
  */
@@ -88,17 +88,19 @@ int main(int argc, char **argv)
     unsigned threads;
     uint32_t *order, *latency;
     struct work *work;
-    int uffd, cpu;
+    uint64_t descriptors;
+    int cpu;
     char go;
 
-    if (argc != 7)
-        die("usage: toucher MEMORY PAGES ORDER THREADS CPU HOLE_EVERY");
+    if (argc != 8)
+        die("usage: toucher MEMORY PAGES ORDER THREADS CPU HOLE_EVERY DESCRIPTORS");
     pages = strtoull(argv[2], NULL, 0);
     threads = (unsigned)atoi(argv[4]);
     cpu = atoi(argv[5]);
     hole_every = strtoull(argv[6], NULL, 0);
-    if (!pages || !threads)
-        die("no pages or threads");
+    descriptors = strtoull(argv[7], NULL, 0);
+    if (!pages || !threads || !descriptors || descriptors > pages)
+        die("no pages, threads or descriptors");
     if (!strcmp(argv[1], "anonymous")) {
         memory = mmap(NULL, pages * page_size, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -115,10 +117,6 @@ int main(int argc, char **argv)
     }
     if (memory == MAP_FAILED)
         die("mmap");
-    uffd = open_userfaultfd();
-    if (uffd < 0)
-        die("userfaultfd");
-
     order = malloc(pages * sizeof(*order));
     latency = calloc(pages, sizeof(*latency));
     work = calloc(threads, sizeof(*work));
@@ -143,7 +141,15 @@ int main(int argc, char **argv)
         CPU_SET(cpu, &set);
         sched_setaffinity(0, sizeof(set), &set);
     }
-    send_handover(STDIN_FILENO, uffd, (uintptr_t)memory, pages * page_size, page_size);
+    for (uint64_t i = 0; i < descriptors; i++) {
+        uint64_t first = pages * i / descriptors, last = pages * (i + 1) / descriptors;
+        int uffd = open_userfaultfd();
+
+        if (uffd < 0)
+            die("userfaultfd");
+        send_handover(STDIN_FILENO, uffd, (uintptr_t)memory + first * page_size,
+                      (last - first) * page_size, page_size);
+    }
     if (read(STDIN_FILENO, &go, 1) != 1)
         die("no go-ahead");
 
