@@ -32,6 +32,7 @@ from qemu_postcopy.errors import (
     MismatchError,
     PostcopyError,
     StateError,
+    TargetGoneError,
     UsageError,
 )
 from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
@@ -187,6 +188,7 @@ class Session:
         self._way = way = self._choose_way()
         self.attached_by = way.name
         self.launched_ns = time.monotonic_ns()
+        taking: asyncio.Future[None] | None = None
         try:
             self._owned = launch(argv, self.run.path, environment=way.environment())
             self._cleanup.callback(self._owned.close)
@@ -206,6 +208,9 @@ class Session:
         except LaunchError as error:
             from qemu_postcopy.vm.fit import launch_failure
 
+            failure = taking.exception() if taking is not None else None
+            if way.ends_qemu and failure and not isinstance(failure, TargetGoneError):
+                raise failure from error
             raise launch_failure(error, self.image.manifest) from error
         self._target = way.target(self.identity)
         if self._target is not self.identity:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import stat
 import struct
@@ -275,7 +276,9 @@ class PreloadServer:
         if identity.pidfd in ready:
             identity.require_alive()
         if self._userfaultfd in ready:
-            # Its main thread waits for that page, so its monitor would never answer.
+            # Its thread waits for that page: it would neither answer nor end by itself.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(identity.pidfd, signal.SIGKILL)
             raise AttachError(
                 "QEMU touches guest memory while it starts, before there is anything in it",
                 hint="leave out what fills memory in advance (loaders, a debugger's stubs), or "

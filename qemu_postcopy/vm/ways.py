@@ -11,13 +11,16 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from qemu_postcopy._native import lib, new_error
 from qemu_postcopy.errors import AttachError
-from qemu_postcopy.vm.attach import TakenDescriptor, take_userfaultfd, wait_for_helper_thread
-from qemu_postcopy.vm.layout import RamBlock
-from qemu_postcopy.vm.process import ProcessIdentity
+
+# What a way needs is imported when it is used: QEMU is started before anything slow is imported.
+if TYPE_CHECKING:
+    from qemu_postcopy.vm.attach import TakenDescriptor
+    from qemu_postcopy.vm.layout import RamBlock
+    from qemu_postcopy.vm.process import ProcessIdentity
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ class AttachWay(Protocol):
     """How a launched QEMU is got at.  Each method is called once, in this order."""
 
     name: WayName
+    #: whether its failure ends QEMU, so is the reason if QEMU does not come up
+    ends_qemu: bool
 
     def environment(self) -> Mapping[str, str] | None:
         """What QEMU is to be started with; None for ours."""
@@ -58,12 +63,15 @@ class PtraceWay:
     """A helper thread of QEMU is stopped for a moment; see ``attach.py``."""
 
     name: WayName = "ptrace"
+    ends_qemu = False
     negotiated = False
 
     def environment(self) -> None:
         return None
 
     def take(self, identity: ProcessIdentity) -> TakenDescriptor:
+        from qemu_postcopy.vm.attach import take_userfaultfd, wait_for_helper_thread
+
         wait_for_helper_thread(identity)
         return take_userfaultfd(identity)
 
@@ -89,6 +97,7 @@ class PreloadWay:
     """
 
     name: WayName = "preload"
+    ends_qemu = True
     negotiated = True
 
     def __init__(self, run_directory: Path, sizes: Sequence[int]) -> None:

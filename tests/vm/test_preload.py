@@ -165,6 +165,22 @@ def test_wrong_ram_size_is_told_as_ever(
 
 
 @pytest.mark.needs("qemu")
+def test_qemu_that_is_to_become_a_daemon_is_refused_with_the_reason(
+    qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
+) -> None:
+    """By a wrapper, where the launch itself cannot see it."""
+    snapshot = snapshots.checker(lab, guest_image, qemu)
+    wrapper = lab.directory / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\nexec {qemu} "$@" -daemonize\n')
+    wrapper.chmod(0o755)
+    refused(
+        *("restore", "--attach-by", "preload", "--name", "r", "--qemu", wrapper, snapshot.image),
+        status=7,
+        words=["-daemonize and a lazy restore exclude each other", "exit code 97"],
+    )
+
+
+@pytest.mark.needs("qemu")
 def test_qemu_that_does_not_load_the_library_is_ended(
     qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
 ) -> None:
