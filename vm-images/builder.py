@@ -39,6 +39,7 @@ from qemu_postcopy.images.initramfs import (
     regular_file,
     write_cpio,
 )
+from qemu_postcopy.images.modules import load_list, load_order
 from qemu_postcopy.images.packages import (
     Package,
     download_package,
@@ -136,7 +137,9 @@ def check(cache_dir: Path | None = None, progress: Progress = lambda line: None)
 def _recipe_digest() -> str:
     """Of everything of ours that an image is made by; package versions are recorded instead."""
     digest = hashlib.sha256()
-    sources = [_HERE / name for name in ("manifest.toml", "builder.py", "initramfs.py")]
+    sources = [
+        _HERE / name for name in ("manifest.toml", "builder.py", "initramfs.py", "modules.py")
+    ]
     for source in [*sources, *sorted(path for path in _GUEST_SOURCES.iterdir() if path.is_file())]:
         digest.update(f"{source.name} {file_sha256(source)}\n".encode())
     return digest.hexdigest()
@@ -191,9 +194,13 @@ def _assemble(
                 hint="correct meta_packages in vm-images/manifest.toml",
             )
         (target / KERNEL_NAME).write_bytes(kernels[0].read_bytes())
-        entries = {name: directory() for name in ("bin", "dev", "etc", "proc", "sys")}
+        entries = {name: directory() for name in ("bin", "dev", "etc", "modules", "proc", "sys")}
         entries["dev/console"] = console_device()
         entries["bin/busybox"] = _busybox(manifest, unpacked["busybox"])
+        order = load_order(unpacked["kernel"] / "lib/modules", manifest["modules"]["names"])
+        entries["modules/list"] = regular_file(load_list(order))
+        for module in sorted({path for paths in order.values() for path in paths}):
+            entries[f"modules/{module.name}"] = regular_file(module.read_bytes())
         for guest_path, source in manifest["files"].items():
             entries[guest_path] = regular_file((_GUEST_SOURCES / source).read_bytes())
         for guest_path, sources in manifest["programs"].items():

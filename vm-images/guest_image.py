@@ -6,7 +6,7 @@ Any thread.  A cached image is trusted only as far as its files match the hashes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 from qemu_postcopy.errors import HostError, UsageError
 from qemu_postcopy.images.packages import file_sha256
 
-Mode = Literal["check", "walk", "idle", "shell"]
+Mode = Literal["check", "walk", "io", "idle", "shell"]
 
 RECORD_NAME = "image.json"
 KERNEL_NAME = "vmlinuz"
@@ -54,12 +54,14 @@ class GuestImage:
         rewrite: bool | None = None,
         walk: str = "sequential",
         pages_per_second: int = 0,
+        modules: Sequence[str] = (),
         extra: str = "",
     ) -> str:
         """The value of QEMU's -append.
 
         Args:
             mode: "check" verifies memory for ever, "walk" visits it in an order and at a rate,
+                "io" reads from and writes to its disk (guest/memio.c),
                 "idle" only ticks, "shell" is an interactive shell on the console.
             fill_mib: patterned memory in MiB, at least 1; see :meth:`ram_mib`.
             zero_percent: share of its pages that are zero, 0 to 100.
@@ -68,6 +70,8 @@ class GuestImage:
                 by default in "check" only.
             walk: "sequential", "random" or "stride:N" (pages); "walk" only.
             pages_per_second: rate in guest time, 0 for as fast as possible; "walk" only.
+            modules: kernel modules that are loaded first, with all that they need; those that
+                vm-images/manifest.toml lists.
             extra: further words for the kernel.
 
         Raises:
@@ -90,6 +94,10 @@ class GuestImage:
         elif mode == "walk":
             words += [f"qpc.size={fill_mib}", f"qpc.write={int(rewrite is True)}"]
             words += [f"qpc.walk={walk}", f"qpc.rate={pages_per_second}"]
+        elif mode == "io":
+            words += [f"qpc.fill={fill_mib}"]
+        if modules:
+            words += [f"qpc.modules={','.join(modules)}"]
         return " ".join([*words, extra]).strip()
 
     @staticmethod

@@ -1,4 +1,4 @@
-/* The first process: mounts what the others need and becomes the program that qpc.mode names.
+/* The first process: mounts what the others need, loads qpc.modules=NAME,NAME and becomes the program that qpc.mode names.
  * Nothing is forked and nothing else runs; when that program ends, the kernel panics, which with
  * panic=-1 on the command line and QEMU's -no-reboot ends the guest. */
 #include <errno.h>
@@ -6,6 +6,7 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
+#include "modules.h"
 #include "options.h"
 #include "report.h"
 
@@ -15,6 +16,7 @@ static const struct {
 } programs[] = {
 	{ "check", { "/bin/memcheck" } },
 	{ "walk", { "/bin/memwalk" } },
+	{ "io", { "/bin/memio" } },
 	{ "idle", { "/bin/idle" } },
 	{ "shell", { "/bin/busybox", "sh", "/etc/shell" } },
 };
@@ -32,6 +34,7 @@ int main(void)
 	mount_or_fail("proc", "/proc");
 	mount_or_fail("sysfs", "/sys");
 	mount_or_fail("devtmpfs", "/dev");
+	modules_load(option_text("modules", ""));
 	const char *mode = option_text("mode", "idle");
 	for (size_t i = 0; i < sizeof(programs) / sizeof(programs[0]); i++)
 		if (!strcmp(mode, programs[i].mode)) {
@@ -39,5 +42,5 @@ int main(void)
 			       (char *const *)environment);
 			report_failure("cannot run %s: %s", programs[i].argv[0], strerror(errno));
 		}
-	report_failure("qpc.mode=%s is not check, walk, idle or shell", mode);
+	report_failure("qpc.mode=%s is not check, walk, io, idle or shell", mode);
 }
