@@ -25,6 +25,8 @@ QUESTIONS: tuple[Question, ...] = (
     ("qom-get", {"path": "/machine", "property": "type"}),
     ("qom-list", {"path": "/machine/peripheral"}),
     ("qom-list", {"path": "/machine/peripheral-anon"}),
+    ("qom-list", {"path": "/objects"}),
+    ("query-named-block-nodes", {"flat": True}),
     ("human-monitor-command", {"command-line": "info network"}),
     ("qom-get", {"path": "/machine", "property": "confidential-guest-support"}),
     ("query-memdev", None),

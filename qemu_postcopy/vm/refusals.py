@@ -1,6 +1,11 @@
 """What rules a guest out: devices that pin its memory, and memory that nobody else may fill.
 
 Asked by QMP before anything is changed; runs in the caller's event loop.
+
+Not refused, since they reach guest memory through QEMU's own address space, where a missing page is
+waited for: vhost in the kernel (vhost-net, vhost-scsi, vhost-vsock), 9p, every block driver but
+those below.  The memory of an ivshmem-plain device is a back-end like another: it is refused only
+if somebody else maps it (see emptiness.py); that of an ivshmem-doorbell device is not paged.
 """
 
 from __future__ import annotations
@@ -17,8 +22,20 @@ PINNED = (
 )
 #: Prefixes of QOM types whose devices are served by another process that maps guest memory.
 SHARING_TYPES = ("vhost-user-", "x-pci-proxy-dev")
+#: The same for objects without a device: cryptodev-vhost-user serves a virtio-crypto device, the
+#: others hand guest memory to another process (hw/remote/ of QEMU).
+SHARING_OBJECTS = ("cryptodev-vhost-user", "vhost-user-backend", "x-remote-object", "x-vfio-user-")
 SHARED = (
     "its back-end process maps guest memory too, and would read zeros where a page is missing: "
+    "unplug it before the snapshot and plug it in again when the guest has all of its memory"
+)
+#: Block drivers that reach their disk by DMA of their own: QEMU maps each RAM block for it as it
+#: appears (qemu_vfio_ram_block_added in util/vfio-helpers.c; block/blkio.c).
+PINNING_DRIVERS = ("nvme", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa")
+SHARING_DRIVERS = ("virtio-blk-vhost-user",)
+REMAPPING_TYPES = ("pvrdma",)
+REMAPPED = (
+    "it maps guest memory a second time for RDMA, where a missing page would not be noticed: "
     "unplug it before the snapshot and plug it in again when the guest has all of its memory"
 )
 ENCRYPTED = "the guest's memory is encrypted: only the guest itself can fill it"
@@ -27,9 +44,11 @@ ENCRYPTED = "the guest's memory is encrypted: only the guest itself can fill it"
 async def refusals(qmp: Qmp) -> list[str]:
     """Why this guest's memory cannot be paged on demand, a sentence each; empty if it can."""
     # Asked all at once: QEMU answers in order, and each answer alone costs a round trip.
-    plugged, built_in, network, guard = await asyncio.gather(
+    plugged, built_in, objects, nodes, network, guard = await asyncio.gather(
         qmp.execute("qom-list", {"path": "/machine/peripheral"}),
         qmp.execute("qom-list", {"path": "/machine/peripheral-anon"}),
+        qmp.execute("qom-list", {"path": "/objects"}),
+        qmp.execute("query-named-block-nodes", {"flat": True}),
         qmp.human("info network"),
         _confidential_guest_support(qmp),
     )
@@ -40,6 +59,17 @@ async def refusals(qmp: Qmp) -> list[str]:
             reasons.append(f"device {entry['name']} ({kind}): {PINNED}")
         elif kind.startswith(SHARING_TYPES):
             reasons.append(f"device {entry['name']} ({kind}): {SHARED}")
+        elif kind.startswith(REMAPPING_TYPES):
+            reasons.append(f"device {entry['name']} ({kind}): {REMAPPED}")
+    for entry in objects:
+        kind = entry["type"].removeprefix("child<").removesuffix(">")
+        if kind.startswith(SHARING_OBJECTS):
+            reasons.append(f"object {entry['name']} ({kind}): {SHARED}")
+    for node in nodes:
+        if node["drv"] in PINNING_DRIVERS:
+            reasons.append(f"disk {node['node-name']} (driver {node['drv']}): {PINNED}")
+        elif node["drv"] in SHARING_DRIVERS:
+            reasons.append(f"disk {node['node-name']} (driver {node['drv']}): {SHARED}")
     # Network back-ends are no QOM objects; the human monitor alone lists them.
     if "type=vhost-vdpa" in network:
         reasons.append(f"a vhost-vdpa network back-end: {PINNED}")

@@ -302,8 +302,21 @@ def test_devices_that_pin_or_share_memory_are_refused_and_no_others() -> None:
                         {"name": "net0", "type": "child<virtio-net-pci>"},
                         {"name": "gpu0", "type": "child<vfio-pci>"},
                         {"name": "fs0", "type": "child<vhost-user-fs-pci>"},
+                        {"name": "vsock0", "type": "child<vhost-vsock-pci>"},
+                        {"name": "rdma0", "type": "child<pvrdma>"},
+                    ]
+                if arguments["path"] == "/objects":
+                    return [
+                        {"name": "m0", "type": "child<memory-backend-memfd>"},
+                        {"name": "crypto0", "type": "child<cryptodev-vhost-user>"},
                     ]
                 return []
+            if command == "query-named-block-nodes":
+                return [
+                    {"node-name": "d0", "drv": "raw"},
+                    {"node-name": "d1", "drv": "nvme"},
+                    {"node-name": "d2", "drv": "virtio-blk-vhost-user"},
+                ]
             if command == "qom-get":
                 if arguments["property"] == "confidential-guest-support":
                     return "/objects/sev0"
@@ -314,9 +327,43 @@ def test_devices_that_pin_or_share_memory_are_refused_and_no_others() -> None:
             return "vdpa0: index=0,type=vhost-vdpa,\r\nnet1: index=0,type=vhost-user,"
 
     reasons = asyncio.run(refusals(Played()))  # type: ignore[arg-type]
-    assert len(reasons) == 5
-    assert "gpu0 (vfio-pci)" in reasons[0]
-    assert "fs0 (vhost-user-fs-pci)" in reasons[1]
-    assert "vhost-vdpa network" in reasons[2]
-    assert "vhost-user network" in reasons[3]
-    assert "sev-guest" in reasons[4]
+    wanted = [
+        ("gpu0 (vfio-pci)", "pins"),
+        ("fs0 (vhost-user-fs-pci)", "maps"),
+        ("rdma0 (pvrdma)", "second time"),
+        ("crypto0 (cryptodev-vhost-user)", "maps"),
+        ("d1 (driver nvme)", "pins"),
+        ("d2 (driver virtio-blk-vhost-user)", "maps"),
+        ("vhost-vdpa network", "pins"),
+        ("vhost-user network", "maps"),
+        ("sev-guest", "encrypted"),
+    ]
+    assert len(reasons) == len(wanted)
+    for reason, words in zip(reasons, wanted, strict=True):
+        assert all(word in reason for word in words), reason
+
+
+def test_object_whose_back_end_maps_guest_memory_is_refused_by_a_real_qemu(
+    qemu_binary: Path, run_dir: Path
+) -> None:
+    spec = VmSpec(
+        str(qemu_binary),
+        memory=(MemoryBackend("memfd", "m0", 64 << 20),),
+        extra_arguments=(
+            "-S",
+            *("-chardev", f"socket,id=c0,path={run_dir / 'crypto'},server=on,wait=off"),
+            *("-object", "cryptodev-vhost-user,id=crypto0,chardev=c0"),
+        ),
+    )
+    process = launch(spec.argv(run_dir), run_dir)
+
+    async def ask() -> list[str]:
+        async with await process.connect() as qmp:
+            return await refusals(qmp)
+
+    try:
+        (reason,) = asyncio.run(ask())
+        assert "crypto0 (cryptodev-vhost-user)" in reason
+    finally:
+        process.kill()
+        process.close()
