@@ -1,7 +1,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
-#include <sched.h>
 #include <string.h>
+#include <time.h>
 
 #include "pager_state.h"
 #include "uffd.h"
@@ -11,7 +11,8 @@
 /* The background waits until no fault came for so long, but fills a unit now and then anyway. */
 #define BACKGROUND_QUIET_NS 1000000ull
 #define BACKGROUND_AT_LEAST_NS 20000000ull
-#define RETRY_EVENT_AT_ONCE_NS 100000ull   /* see serve_fault() */
+#define RETRY_EVENT_AT_ONCE_NS 2000000ull  /* see serve_fault() */
+#define RETRY_EVENT_PAUSE_NS 16384u        /* the longest pause; see pause_off_cpu() */
 #define RETRY_EVENT_FIRST_NS 20000ull      /* the other side is between our read and its wake-up */
 #define RETRY_EVENT_LAST_NS 2000000ull
 #define RETRY_SOURCE_FIRST_NS 10000000ull
@@ -331,12 +332,29 @@ static uint64_t backoff_ns(uint32_t attempts, uint64_t first, uint64_t last)
 }
 
 /*
+ * Sleeps for a random time of some microseconds that no message ends. A thread that removes memory
+ * in a loop on this processor lets COPY through only between the end of one event and the next;
+ * woken by the next event, we would never be there.
+ */
+static void pause_off_cpu(struct qpc_pager *p)
+{
+    struct timespec time = {0};
+
+    /* xorshift32 */
+    p->random ^= p->random << 13;
+    p->random ^= p->random >> 17;
+    p->random ^= p->random << 5;
+    time.tv_nsec = 1 + p->random % RETRY_EVENT_PAUSE_NS;
+    nanosleep(&time, NULL);
+}
+
+/*
  * Answers one fault, or puts it back with a time.
  *
  * COPY gives EAGAIN from the moment a thread of the mapper queues an event until, after it was read
  * here, that thread has run on. If it removes memory in a loop, that leaves a window of some
- * microseconds each time, so the next attempts are made at once: those on a timer alone would
- * hardly ever meet a window.
+ * microseconds each time, so the next attempts are made at once, each a random pause after the
+ * events were read: those on a timer alone would hardly ever meet a window.
  */
 static void serve_fault(struct qpc_pager *p, struct fault fault)
 {
@@ -359,8 +377,8 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
         case FILL_EVENT_FIRST:
             if (!at_once_until_ns)
                 at_once_until_ns = now + RETRY_EVENT_AT_ONCE_NS;
-            if (!qpc_pager_read_messages(p, &faults))
-                sched_yield();
+            qpc_pager_read_messages(p, &faults);
+            pause_off_cpu(p);
             if (now < at_once_until_ns)
                 continue;
             fault.due_ns = now + backoff_ns(fault.attempts++, RETRY_EVENT_FIRST_NS,

@@ -78,6 +78,7 @@ struct qpc_pager {
     uint32_t background_attempts;
 
     uint64_t gap_ns;      /* running mean of the time between an answer and the next fault */
+    uint32_t random; /* see pause_off_cpu() */
     uint64_t answered_ns; /* end of the last answer; 0 = none yet */
     int spin_armed;       /* a fault was answered since the last poll that found nothing */
     uint64_t gave_way_ns; /* when this thread last slept or yielded */

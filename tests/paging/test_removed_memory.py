@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -148,3 +149,23 @@ def test_faults_are_served_through_a_storm_of_removals(
     guest.wait(lambda s: s.events_remove == removals, "every removal is counted")
     guest.wait_complete()
     guest.check_content(zero_pages=range(8))
+
+
+@pytest.mark.parametrize("memory", ["memfd", "anonymous"])
+def test_a_remover_on_the_pagers_processor_does_not_starve_faults(
+    serve: Serve, memory: str
+) -> None:
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(processors)})  # the mapper and the pager's thread inherit it
+    try:
+        guest = serve(memory=memory, chunk_size=4 * KIB, holes=no_hole)
+        storm = guest.mapper.send("storm", 0, 8)
+        guest.wait(lambda s: s.events_remove > 100, "the storm has begun")
+        for page in range(100, 130):
+            answer = guest.mapper.result(guest.mapper.send("read", page), seconds=5)
+            assert answer.to_bytes(8, "little") == guest.image.expected[page][:8]
+        guest.mapper.do("calm", 0)
+        guest.mapper.result(storm)
+        guest.check_content(zero_pages=range(8))
+    finally:
+        os.sched_setaffinity(0, processors)
