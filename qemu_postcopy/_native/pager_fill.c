@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 #include <time.h>
 
@@ -11,7 +12,8 @@
 /* The background waits until no fault came for so long, but fills a unit now and then anyway. */
 #define BACKGROUND_QUIET_NS 1000000ull
 #define BACKGROUND_AT_LEAST_NS 20000000ull
-#define RETRY_EVENT_AT_ONCE_NS 2000000ull  /* see serve_fault() */
+#define RETRY_EVENT_AT_ONCE_NS 100000ull   /* see serve_fault() */
+#define RETRY_EVENT_PAUSING_NS 2000000ull  /* all in all, with pauses */
 #define RETRY_EVENT_PAUSE_NS 16384u        /* the longest pause; see pause_off_cpu() */
 #define RETRY_EVENT_FIRST_NS 20000ull      /* the other side is between our read and its wake-up */
 #define RETRY_EVENT_LAST_NS 2000000ull
@@ -353,7 +355,7 @@ static void pause_off_cpu(struct qpc_pager *p)
  *
  * COPY gives EAGAIN from the moment a thread of the mapper queues an event until, after it was read
  * here, that thread has run on. If it removes memory in a loop, that leaves a window of some
- * microseconds each time, so the next attempts are made at once, each a random pause after the
+ * microseconds each time, so the next attempts are made at once, then each a random pause after
  * events were read: those on a timer alone would hardly ever meet a window.
  */
 static void serve_fault(struct qpc_pager *p, struct fault fault)
@@ -377,9 +379,11 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
         case FILL_EVENT_FIRST:
             if (!at_once_until_ns)
                 at_once_until_ns = now + RETRY_EVENT_AT_ONCE_NS;
-            qpc_pager_read_messages(p, &faults);
-            pause_off_cpu(p);
-            if (now < at_once_until_ns)
+            if (!qpc_pager_read_messages(p, &faults) && now < at_once_until_ns)
+                sched_yield();
+            if (now >= at_once_until_ns)
+                pause_off_cpu(p);
+            if (now < at_once_until_ns + RETRY_EVENT_PAUSING_NS)
                 continue;
             fault.due_ns = now + backoff_ns(fault.attempts++, RETRY_EVENT_FIRST_NS,
                                             RETRY_EVENT_LAST_NS);
