@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
     from qemu_postcopy.paging.ledger import Ledger
     from qemu_postcopy.paging.pager import Pager, Statistics
+    from qemu_postcopy.paging.prefetch import WorkingSet
     from qemu_postcopy.paging.source import Source
     from qemu_postcopy.vm.attach import TakenDescriptor
     from qemu_postcopy.vm.launch import QemuProcess
@@ -81,6 +82,8 @@ ENTRANCES: dict[State, frozenset[State]] = {
     State.GONE: frozenset({State.SERVING, State.LOADED, State.RUNNING, State.COMPLETE}),
 }
 
+#: How long a guest runs before its first faults are noted.
+WORKING_SET_SECONDS = 1.0
 #: States that ``session.json`` is written in; the sidecar itself tells of the others.
 RECORDED = frozenset({State.SERVING, State.RUNNING, State.DETACHED, State.FAILED, State.GONE})
 
@@ -100,10 +103,22 @@ class SessionOptions:
     allow_newer_qemu: bool = False
     #: how a QEMU that this session launches is got at: see :mod:`qemu_postcopy.vm.ways`
     attach_by: WayChoice = "auto"
+    #: note what the guest wants first, and fill that ahead at later restores of the image; only
+    #: while the background fills without a limit and no chunk size is asked for
+    working_set: bool = True
     #: give CAP_SYS_PTRACE up, for the whole process and for good, once it is not needed any more
     drop_rights: bool = False
     #: page data fails as this says
     chaos: ChaosSchedule | None = None
+
+    def uses_working_set(self) -> bool:
+        """Whether pages may be filled ahead, and faults noted."""
+        return (
+            self.working_set
+            and self.background
+            and not self.background_rate
+            and self.chunk_size is None
+        )
 
     def __post_init__(self) -> None:
         """Raises UsageError for a chunk size or rate that cannot be."""
@@ -168,6 +183,7 @@ class Session:
         #: the sources that fail on purpose, if any do
         self.chaos_sources: list[ChaosSource] = []
         self._ledger: Ledger | None = None
+        self._working_set: WorkingSet | None = None
         self._cleanup = contextlib.ExitStack()
 
     # --- the steps -------------------------------------------------------------------------------
@@ -295,8 +311,11 @@ class Session:
             background=False,
             background_rate=options.background_rate,
             spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
+            note_first_faults=options.uses_working_set() and self._working_set is None,
         )
         self._cleanup.callback(self.pager.close)
+        if self._working_set is not None:
+            self.pager.prefetch(self._working_set.pages(blocks))
         self._register()
         # Before the pager's thread: each thread has rights of its own.
         if self.options.drop_rights:
@@ -378,6 +397,7 @@ class Session:
 
         loop.add_reader(notify_fd, note)
         loop.add_reader(self.identity.pidfd, told.set)
+        noting = loop.call_later(WORKING_SET_SECONDS, self._keep_working_set)
         trouble = ""
         try:
             while True:
@@ -397,6 +417,8 @@ class Session:
         finally:
             loop.remove_reader(notify_fd)
             loop.remove_reader(self.identity.pidfd)
+            noting.cancel()
+        self._keep_working_set()
         self._enter(State.COMPLETE)
 
     async def wait_gone(self) -> None:
@@ -523,12 +545,15 @@ class Session:
         """All that can be done before QEMU answers."""
         from qemu_postcopy.image.device_state import open_device_state
         from qemu_postcopy.paging import registration
+        from qemu_postcopy.paging.prefetch import WorkingSet
 
         self._features = registration.kernel_features()
         self._device_state = open_device_state(self.image)
         self._cleanup.callback(os.close, self._device_state)
         for block in self.image.manifest.blocks:
             self._page_data(block.name, block.page_size_bytes)
+        if self.options.uses_working_set():
+            self._working_set = WorkingSet.read(self.image.manifest.state.sha256)
 
     def _page_data(self, name: str, page_size: int) -> tuple[Source, int, bytearray]:
         """A block's source, the offset of its first byte, and which of its pages have data.
@@ -590,6 +615,17 @@ class Session:
     def _take_userfaultfd_early(self) -> None:
         assert self.identity is not None and self._way is not None
         self._keep_userfaultfd(self._way.take(self.identity))
+
+    def _keep_working_set(self) -> None:
+        """Notes what the guest wanted first, if that is not known yet."""
+        from qemu_postcopy.paging.prefetch import WorkingSet
+
+        if self._working_set is not None or self.pager is None:
+            return
+        found = WorkingSet.of(self.image.manifest.state.sha256, self.pager)
+        if found.places:
+            self._working_set = found
+            found.write()
 
     def _take_userfaultfd(self) -> None:
         from qemu_postcopy.vm.attach import take_userfaultfd

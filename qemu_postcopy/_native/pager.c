@@ -109,6 +109,8 @@ static void *pager_thread(void *argument)
         qpc_pager_read_messages(p, &faults);
         if (faults || (due && due <= now_ns()))
             continue;
+        if (qpc_pager_fill_ahead(p))
+            continue;
         if (atomic_load_explicit(&p->background, memory_order_relaxed)) {
             background_due = qpc_pager_fill_background(p);
             if (background_due == 0)
@@ -205,6 +207,7 @@ struct qpc_pager *qpc_pager_create(const struct qpc_pager_options *options,
     p->uffd = options->userfaultfd;
     p->chunk_size = chunk;
     p->spin_limit_ns = options->spin_limit_us * 1000ull;
+    p->noting_first_faults = options->note_first_faults;
     p->block_count = block_count;
     p->busy_pause_ns = BUSY_PAUSE_FIRST_NS;
     atomic_init(&p->background, options->background);
@@ -222,11 +225,12 @@ struct qpc_pager *qpc_pager_create(const struct qpc_pager_options *options,
         p->own_messages = calloc(1, QPC_PAGER_JOURNAL_SIZE);
     p->messages = options->journal ? options->journal : p->own_messages;
     p->queue = calloc(QPC_PAGER_QUEUE_LENGTH, sizeof(*p->queue));
+    p->first_faults = calloc(QPC_PAGER_FIRST_FAULTS, sizeof(*p->first_faults));
     p->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (largest_page > 4096)
         p->zeros = allocate_pages(largest_page);
-    if (!p->buffer || !p->queue || !p->messages || p->stop_fd < 0 || p->notify_fd < 0 ||
+    if (!p->buffer || !p->queue || !p->messages || !p->first_faults || p->stop_fd < 0 || p->notify_fd < 0 ||
         (largest_page > 4096 && !p->zeros)) {
         qpc_error_set(err, QPC_SYSTEM, errno, "no memory or descriptors for the pager");
         qpc_pager_destroy(p);
@@ -257,6 +261,8 @@ void qpc_pager_destroy(struct qpc_pager *p)
         close(p->notify_fd);
     free(p->own_messages);
     free(p->queue);
+    free(p->prefetch);
+    free(p->first_faults);
     free(p);
 }
 

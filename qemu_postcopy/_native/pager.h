@@ -45,6 +45,7 @@ struct qpc_pager_options {
     int background;           /* fill the rest while nobody waits */
     uint64_t background_rate; /* bytes per second; 0 = as fast as it goes */
     uint32_t spin_limit_us;   /* longest poll for the next fault before sleeping; 0 = never */
+    int note_first_faults;    /* see qpc_pager_first_faults() */
     /*
      * QPC_PAGER_JOURNAL_SIZE bytes, or NULL: where messages are read into. The mapper's thread runs
      * on as soon as its REMOVE was read, before that is in the ledger. If the journal outlives the
@@ -73,6 +74,7 @@ struct qpc_pager_statistics {
     uint64_t pages_data_missing; /* of these, not yet present */
     uint64_t pages_demand;       /* with data, copied around a fault */
     uint64_t pages_background;   /* copied with nobody waiting */
+    uint64_t pages_prefetched;   /* copied ahead, because an earlier guest of this image used them */
     uint64_t pages_zero;         /* known to be zero, and filled with zeros */
     uint64_t pages_removed;      /* given back by the guest */
     uint64_t bytes_read;         /* from the source */
@@ -110,6 +112,30 @@ struct qpc_pager *qpc_pager_create(const struct qpc_pager_options *options,
                                    struct qpc_error *err);
 /* Stops first, if need be. NULL is allowed. */
 void qpc_pager_destroy(struct qpc_pager *pager);
+
+/* A page that is asked for. */
+struct qpc_pager_page {
+    uint32_t block; /* index */
+    uint64_t page;  /* index */
+};
+
+enum { QPC_PAGER_FIRST_FAULTS = 2048 };
+
+/*
+ * Before qpc_pager_start(): these pages are filled in this order, as soon as the pager runs, whenever
+ * no fault waits. What cannot be had then is left to the faults. At most QPC_PAGER_FIRST_FAULTS
+ * pages; the list is copied.
+ */
+int qpc_pager_prefetch(struct qpc_pager *pager, const struct qpc_pager_page *pages, uint32_t count,
+                       struct qpc_error *err);
+
+/*
+ * The pages of the first faults, in their order: those of the first tenth of a second after the very
+ * first one, at most QPC_PAGER_FIRST_FAULTS. While they are noted a fault fills no more than its own
+ * page, else most pages that the guest wants would not show. ret has room for so many; returns how
+ * many there are. May be called at any time, from any thread.
+ */
+uint32_t qpc_pager_first_faults(const struct qpc_pager *pager, struct qpc_pager_page *ret);
 
 int qpc_pager_start(struct qpc_pager *pager, struct qpc_error *err);
 /*

@@ -91,12 +91,17 @@ static void note_fault(struct qpc_pager *p, uint64_t address, uint64_t now)
     bucket = (now - GET(p->statistics.started_ns)) / TIMELINE_BUCKET_NS;
     if (bucket < 2048)
         COUNT(p->statistics.timeline[bucket], 1u);
-    if (b)
-        qpc_pager_queue_fault(p, &(struct fault){
+    if (b) {
+        struct fault fault = {
             .page = (address - b->is.address) >> b->page_shift,
             .read_ns = now,
             .block = (uint32_t)(b - p->blocks),
-        });
+        };
+
+        if (p->noting_first_faults)
+            qpc_pager_note_first_fault(p, fault.block, fault.page, now);
+        qpc_pager_queue_fault(p, &fault);
+    }
 }
 
 /* The pages of b that lie wholly or partly in [start, end). */

@@ -20,14 +20,6 @@
 #define RETRY_SOURCE_FIRST_NS 10000000ull
 #define RETRY_SOURCE_LAST_NS 1000000000ull
 
-/* What became of the attempt to fill a range. */
-enum fill {
-    FILL_DONE,
-    FILL_EVENT_FIRST, /* an event must be read, and the ledger asked again */
-    FILL_LATER,       /* source or memory cannot be had now: back off */
-    FILL_GONE         /* the mapper, or this part of its memory, is not there any more */
-};
-
 /* --- filling --------------------------------------------------------------------------------- */
 
 static void note_error(struct qpc_pager *p, const struct block *b, uint64_t page, int errnum)
@@ -260,24 +252,30 @@ static int find_data_run(const struct block *b, uint64_t page, uint64_t *first, 
     return 1;
 }
 
-static void chunk_around(const struct qpc_pager *p, const struct block *b, uint64_t page,
+/* Pages filled for one fault. */
+static uint64_t pages_per_fault(const struct qpc_pager *p, const struct block *b)
+{
+    if (p->noting_first_faults || p->chunk_size <= b->is.page_size)
+        return 1;
+    return p->chunk_size >> b->page_shift;
+}
+
+static void chunk_around(const struct block *b, uint64_t page, uint64_t chunk_pages,
                          uint64_t *first, uint64_t *last)
 {
-    uint64_t chunk_pages =
-        p->chunk_size > b->is.page_size ? p->chunk_size >> b->page_shift : 1;
-
     *first = page & ~(chunk_pages - 1);
     *last = min_u64(*first + chunk_pages, b->page_count);
 }
 
-static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
+enum fill qpc_pager_fill_around(struct qpc_pager *p, struct block *b, uint64_t page,
+                                uint64_t chunk_pages, _Atomic uint64_t *counter)
 {
     enum kind kind = page_kind(b, page);
     uint64_t first, last;
     enum fill result;
     int errnum;
 
-    chunk_around(p, b, page, &first, &last);
+    chunk_around(b, page, chunk_pages, &first, &last);
     if (find_data_run(b, page, &first, &last))
         kind = KIND_DATA;
     switch (kind) {
@@ -294,7 +292,7 @@ static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
         if (errnum) /* known to be zero: needs no source */
             result = fill_pages(p, b, page, 1, NULL, QPC_PAGE_PRESENT);
         else
-            result = copy_run(p, b, first, last, p->buffer, &p->statistics.pages_demand);
+            result = copy_run(p, b, first, last, p->buffer, counter);
         break;
     case KIND_ZERO:
         find_run(b, page, kind, &first, &last);
@@ -311,6 +309,11 @@ static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
     if (result == FILL_DONE)
         b->cursor = last;
     return result;
+}
+
+static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
+{
+    return qpc_pager_fill_around(p, b, page, pages_per_fault(p, b), &p->statistics.pages_demand);
 }
 
 static void note_latency(struct qpc_pager *p, uint64_t read_ns, uint64_t now)
@@ -444,7 +447,7 @@ static uint32_t serve_batch(struct qpc_pager *p, uint32_t most)
             continue;
         }
         part = find_planned(planned, count, &fault);
-        chunk_around(p, b, fault.page, &first, &last);
+        chunk_around(b, fault.page, pages_per_fault(p, b), &first, &last);
         if (fault.due_ns || part >= 0 || !find_data_run(b, fault.page, &first, &last)) {
             others[other_count].fault = fault;
             others[other_count++].part = part;

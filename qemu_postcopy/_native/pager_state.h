@@ -3,6 +3,7 @@
  *
  *   pager_events.c   messages of the userfaultfd into the queue and the ledger
  *   pager_fill.c     the queue answered, the rest filled in the background
+ *   pager_prefetch.c what the first faults were, and filling those pages ahead the next time
  *   pager.c          life cycle, the thread's loop, waiting
  *
  * All of it is the pager thread's own, but for what is atomic.
@@ -85,6 +86,13 @@ struct qpc_pager {
     uint64_t no_spin_before_ns;
     uint64_t busy_pause_ns;
 
+    struct qpc_pager_page *prefetch; /* what is to be filled ahead, from prefetch_next on */
+    uint32_t prefetch_count;
+    uint32_t prefetch_next;
+    int noting_first_faults;
+    struct qpc_pager_page *first_faults; /* QPC_PAGER_FIRST_FAULTS of room */
+    _Atomic uint32_t first_fault_count;  /* so many are written */
+
     pthread_t thread;
     int started;
     atomic_int stop;
@@ -94,7 +102,7 @@ struct qpc_pager {
 
     struct {
         _Atomic uint64_t state, faults, faults_waiting, pages_total, pages_data, pages_data_missing,
-            pages_demand, pages_background, pages_zero, pages_removed, bytes_read, already_present,
+            pages_demand, pages_background, pages_prefetched, pages_zero, pages_removed, bytes_read, already_present,
             retries, events_remove, events_unmap, events_other, wakes, source_errors, fill_errors,
             last_error, last_error_block, last_error_page, failing, spins_hit, spins_missed, started_ns,
             first_fault_ns, last_fault_ns, complete_ns, latency_us[24];
@@ -133,6 +141,14 @@ static inline int has_data(const struct block *b, uint64_t page)
     return b->is.data_bitmap[page >> 3] >> (page & 7) & 1;
 }
 
+/* What became of the attempt to fill a range. */
+enum fill {
+    FILL_DONE,
+    FILL_EVENT_FIRST, /* an event must be read, and the ledger asked again */
+    FILL_LATER,       /* source or memory cannot be had now: back off */
+    FILL_GONE         /* the mapper, or this part of its memory, is not there any more */
+};
+
 /* Makes the notify descriptor readable. */
 void qpc_pager_notify(struct qpc_pager *p);
 
@@ -161,6 +177,19 @@ struct fault qpc_pager_unqueue_fault(struct qpc_pager *p);
  * waits for a broken source delays nobody else.
  */
 uint64_t qpc_pager_serve_queue(struct qpc_pager *p);
+
+/*
+ * Fills a page and what is missing of the chunk of `chunk_pages` (a power of two) around it; pages
+ * with data count in `counter`.
+ */
+enum fill qpc_pager_fill_around(struct qpc_pager *p, struct block *b, uint64_t page,
+                                uint64_t chunk_pages, _Atomic uint64_t *counter);
+
+/* Notes a fault among the first ones, if it is one of them. */
+void qpc_pager_note_first_fault(struct qpc_pager *p, uint32_t block, uint64_t page, uint64_t now);
+
+/* Fills one page ahead; returns 0 where nothing is left to be. */
+int qpc_pager_fill_ahead(struct qpc_pager *p);
 
 /*
  * Fills one unit. Returns the time before which nothing more is to be done in the background: 0 =

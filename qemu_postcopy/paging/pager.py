@@ -23,6 +23,8 @@ from qemu_postcopy.paging.source import Source
 DEFAULT_CHUNK_SIZE = 64 << 10
 #: Longest poll for the next fault before sleeping, in microseconds.
 DEFAULT_SPIN_LIMIT_US = 500
+#: Most pages that are noted as the first ones, and filled ahead.
+FIRST_FAULTS: int = lib.QPC_PAGER_FIRST_FAULTS
 TIMELINE_BUCKET_SECONDS = 0.01
 
 
@@ -70,6 +72,7 @@ class Statistics:
     pages_data_missing: int
     pages_demand: int
     pages_background: int
+    pages_prefetched: int
     pages_zero: int
     pages_removed: int
     bytes_read: int
@@ -118,6 +121,8 @@ class Pager:
         background: fill the rest while nobody waits.
         background_rate: bytes per second, 0 for no limit.
         spin_limit_us: longest poll for the next fault, 0 for none.
+        note_first_faults: for :meth:`first_faults`; the first tenth of a second is served page by
+            page then.
 
     Raises:
         UsageError: a size or address that cannot be.
@@ -133,6 +138,7 @@ class Pager:
         background: bool = True,
         background_rate: int = 0,
         spin_limit_us: int = DEFAULT_SPIN_LIMIT_US,
+        note_first_faults: bool = False,
     ) -> None:
         self.blocks = list(blocks)
         structs = ffi.new("struct qpc_pager_block[]", len(self.blocks))
@@ -166,6 +172,7 @@ class Pager:
             options.background = background
             options.background_rate = background_rate
             options.spin_limit_us = spin_limit_us
+            options.note_first_faults = note_first_faults
             options.journal = states + ledger.journal_offset
             error = new_error()
             self._pager = lib.qpc_pager_create(options, structs, len(self.blocks), error)
@@ -173,6 +180,24 @@ class Pager:
                 raise_error(error)
             self._buffers = buffers.pop_all()
         self._last: Statistics | None = None
+
+    def prefetch(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Has these pages (indices of block and page) filled first of all.
+
+        Before :meth:`start`, once, at most FIRST_FAULTS of them.  Faults still come first.
+        """
+        structs = ffi.new("struct qpc_pager_page[]", pages)
+        error = new_error()
+        check(lib.qpc_pager_prefetch(self._pager, structs, len(pages), error), error)
+
+    def first_faults(self) -> list[tuple[int, int]]:
+        """Indices of block and page of the first faults, in their order, at most FIRST_FAULTS.
+
+        Only where ``note_first_faults`` was asked for: see ``qpc_pager_first_faults``.
+        """
+        structs = ffi.new("struct qpc_pager_page[]", FIRST_FAULTS)
+        count = lib.qpc_pager_first_faults(self._pager, structs)
+        return [(int(structs[i].block), int(structs[i].page)) for i in range(count)]
 
     def start(self) -> None:
         """Starts the thread; faults are served from now on."""
