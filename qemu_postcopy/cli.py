@@ -190,6 +190,12 @@ SERVING_OPTIONS = [
         metavar="SIZE",
         help="Limit of that, bytes per second; 0: none.",
     ),
+    click.option(
+        "--working-set/--no-working-set",
+        default=True,
+        show_default=True,
+        help="Fill ahead what guests of this image wanted first, as noted at its first restore.",
+    ),
     click.option("--paused", is_flag=True, help="Leave the guest stopped (`cont` lets it run)."),
     click.option("--verify", is_flag=True, help="Check the whole image first (reads all of it)."),
     click.option(
@@ -298,6 +304,7 @@ def _serve(
             chunk_size=rest["chunk"],
             background=rest["background"],
             background_rate=rest["rate"],
+            working_set=rest["working_set"],
             allow_newer_qemu=rest["allow_newer_qemu"],
             chaos=schedule,
             attach_by=attach_by,

@@ -184,6 +184,7 @@ class Session:
         self.chaos_sources: list[ChaosSource] = []
         self._ledger: Ledger | None = None
         self._working_set: WorkingSet | None = None
+        self._resumed = False
         self._cleanup = contextlib.ExitStack()
 
     # --- the steps -------------------------------------------------------------------------------
@@ -353,6 +354,7 @@ class Session:
         self._require(State.RUNNING)
         assert self._qmp is not None
         await migration.let_run(self._qmp)
+        self._resumed = True
         self._enter(State.RUNNING)
 
     def has_guest(self) -> bool:
@@ -617,10 +619,10 @@ class Session:
         self._keep_userfaultfd(self._way.take(self.identity))
 
     def _keep_working_set(self) -> None:
-        """Notes what the guest wanted first, if that is not known yet."""
+        """Notes what the guest wanted first, if that is not known yet and it did run."""
         from qemu_postcopy.paging.prefetch import WorkingSet
 
-        if self._working_set is not None or self.pager is None:
+        if self._working_set is not None or self.pager is None or not self._resumed:
             return
         found = WorkingSet.of(self.image.manifest.state.sha256, self.pager)
         if found.places:

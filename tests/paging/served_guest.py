@@ -87,6 +87,7 @@ class ServedGuest:
         background_rate: int = 0,
         spin_limit_us: int = 200,
         chaos: ChaosSchedule | None = None,
+        note_first_faults: bool = False,
     ) -> None:
         self.run_dir = run_dir
         self.mapper = Mapper(binary, memory, pages)
@@ -108,6 +109,7 @@ class ServedGuest:
             background=background,
             background_rate=background_rate,
             spin_limit_us=spin_limit_us,
+            note_first_faults=note_first_faults,
         )
         if start:
             self.pager.start()

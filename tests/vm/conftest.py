@@ -18,6 +18,8 @@ def lab(
 ) -> Iterator[Lab]:
     """Boots and restores guests whose run directories lie in the test's own directory."""
     monkeypatch.setenv("QEMU_POSTCOPY_RUN_DIR", str(run_dir / "run"))
+    # What other tests' guests wanted first must not be filled ahead in this one's.
+    monkeypatch.setenv("QEMU_POSTCOPY_CACHE_DIR", str(run_dir / "cache"))
     made = Lab(run_dir, reserve_huge_pages)
     yield made
     made.close()
