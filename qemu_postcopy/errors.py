@@ -7,6 +7,9 @@ they are about (``vm``, ``block``, ``page``, ``source``) and whether trying agai
 
 from __future__ import annotations
 
+import enum
+import os
+
 
 class PostcopyError(Exception):
     """Base class.
@@ -56,6 +59,55 @@ class HostError(PostcopyError):
     """This host lacks something: a right, a device, a kernel feature, a package, disk space."""
 
     exit_code = 3
+
+
+class Outcome(enum.Enum):
+    """Why an operation on a userfaultfd did not do all it was asked for, by name.
+
+    What an errno means depends on the operation: ioctl_userfaultfd(2).
+    """
+
+    #: EEXIST: something is there already; nothing was overwritten
+    PRESENT = "the destination is filled already"
+    #: ENOENT of MOVE: the source has a hole, and holes were not allowed
+    HOLE = "the source has a hole"
+    #: ENOENT: no registered mapping covers the range (any more)
+    NOT_REGISTERED = "no registered mapping covers the range"
+    #: EAGAIN after a part: ``done`` bytes are done; ask for the rest to learn what stopped it
+    PARTIAL = "only a part was done"
+    #: EAGAIN: an event is queued and unread; read it first
+    EVENT_WAITS = "an event waits to be read first"
+    #: EBUSY: another descriptor has the range, or the page is pinned or mapped more than once
+    BUSY = "in use otherwise"
+    #: ESRCH: the process whose memory it is has exited
+    GONE = "the process has exited"
+    #: EFAULT: source not readable, or (CONTINUE) no page in the page cache
+    FAULT = "the source cannot be had"
+    #: EPERM, EACCES: the right is missing
+    REFUSED = "not permitted"
+    #: EINVAL: the kernel lacks it, the memory does not allow it, or the range is not aligned
+    INVALID = "invalid for this kernel, memory or range"
+    #: every other errno
+    FAILED = "failed"
+
+
+class UserfaultfdError(HostError):
+    """A call of qemu_postcopy.userfaultfd failed, or did a part only.
+
+    Attributes: ``errno``; ``done``: the kernel's own signed result (bytes done, or a negative
+    errno, or 0 where it gave none); ``address``: where the range begins, or None; ``outcome``.
+    """
+
+    def __init__(
+        self, what: str, outcome: Outcome, errno: int, done: int = 0, address: int | None = None
+    ) -> None:
+        where = f" at {address:#x}" if address is not None else ""
+        super().__init__(f"{what}{where}: {outcome.value} ({os.strerror(errno)}, result {done})")
+        self.errno = errno
+        self.done = done
+        self.address = address
+        self.outcome = outcome
+        self.retryable = outcome in (Outcome.PARTIAL, Outcome.EVENT_WAITS)
 
 
 class ImageError(PostcopyError):
