@@ -242,3 +242,74 @@ def restore_command(
         say=say,
     )
     show(asyncio.run(bench.run()), as_json)
+
+
+@bench_commands.command("guests")
+@click.option(
+    "--count", type=click.IntRange(1, 1000), default=64, show_default=True, help="Guests at once."
+)
+@click.option(
+    "--fill",
+    "fill_mib",
+    callback=lambda _c, _p, v: memory_mib(v),
+    default="16M",
+    show_default=True,
+    help="Memory that each has filled and verifies; its RAM is some 112 MiB more.",
+)
+@click.option(
+    "--at-once",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Restores at a time.",
+)
+@click.option(
+    "--idle",
+    "idle_seconds",
+    type=click.FloatRange(0.1, 3600),
+    default=10.0,
+    show_default=True,
+    help="Seconds for which they are paused and their use of the processor is counted.",
+)
+@click.option("--qemu", default="", help="QEMU binary; default: this architecture's.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default="/var/tmp",
+    show_default=True,
+    help="Where the image and the run directories are put for the time being.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def guests_command(
+    count: int,
+    fill_mib: int,
+    at_once: int,
+    idle_seconds: float,
+    qemu: str,
+    directory: Path,
+    as_json: bool,
+) -> None:
+    """Run many guests from one image: memory, processor time, and whether all go on.
+
+    Each guest verifies its memory all the while; one wrong word is an error.
+
+    \b
+    Examples:
+      qemu-postcopy bench guests
+      qemu-postcopy bench guests --count 8 --json
+    """
+    import asyncio
+    import os
+
+    from qemu_postcopy.bench.guests import GuestsBench
+
+    bench = GuestsBench(
+        count=count,
+        fill_mib=fill_mib,
+        at_once=at_once,
+        idle_seconds=idle_seconds,
+        directory=directory,
+        qemu=qemu or f"qemu-system-{os.uname().machine}",
+        say=say,
+    )
+    show(asyncio.run(bench.run()), as_json)
