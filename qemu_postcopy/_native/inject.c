@@ -405,14 +405,16 @@ static enum attempt work_in_stopped(const struct request *request, pid_t tid,
     return ATTEMPT_DONE;
 }
 
-static enum attempt try_thread(const struct request *request, pid_t tid, struct answer *answer)
+/* `again`: it is seized already, and was not to be stopped so far. */
+static enum attempt try_thread(const struct request *request, pid_t tid, bool again,
+                               struct answer *answer)
 {
     struct qpc_injection *injection = &answer->injection;
     uint64_t started = now_ns(), stopped;
     uint64_t deadline = started + (uint64_t)request->per_thread_ms * 1000000u;
     enum attempt attempt;
 
-    if (ptrace(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD) < 0) {
+    if (!again && ptrace(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD) < 0) {
         if (errno == ESRCH)
             return ATTEMPT_NEXT_THREAD; /* ended since it was listed */
         qpc_error_set(&answer->error, errno == EPERM ? QPC_REFUSED : QPC_SYSTEM, errno,
@@ -435,17 +437,25 @@ static enum attempt try_thread(const struct request *request, pid_t tid, struct 
 
 static int try_threads(const struct request *request, struct answer *answer)
 {
+    static const struct timespec pause = { .tv_nsec = 1000000 };
+
     answer->injection.remote_fd = -1;
-    for (int i = 0; i < request->count && now_ns() < request->deadline_ns; i++) {
-        answer->injection.threads_tried++;
-        switch (try_thread(request, request->tids[i], answer)) {
-        case ATTEMPT_DONE:
-            return 0;
-        case ATTEMPT_FAILED:
-            return -1;
-        case ATTEMPT_NEXT_THREAD:
-            break;
+    /* Round and round: on a busy machine a thread may not run, and so not stop, for a while. */
+    for (bool again = false; now_ns() < request->deadline_ns && !target_exited(request->pidfd);
+         again = true) {
+        for (int i = 0; i < request->count && now_ns() < request->deadline_ns; i++) {
+            if (!again)
+                answer->injection.threads_tried++;
+            switch (try_thread(request, request->tids[i], again, answer)) {
+            case ATTEMPT_DONE:
+                return 0;
+            case ATTEMPT_FAILED:
+                return -1;
+            case ATTEMPT_NEXT_THREAD:
+                break;
+            }
         }
+        nanosleep(&pause, NULL);
     }
     if (target_exited(request->pidfd))
         return qpc_error_set(&answer->error, QPC_GONE, 0, "process %d has exited", request->pid);

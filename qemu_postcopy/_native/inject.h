@@ -32,8 +32,8 @@ struct qpc_injection {
 
 /*
  * pidfd must have been opened for pid by the caller, who knows what process it is: it tells a
- * reused PID apart. Threads are tried in order, each for at most per_thread_ms, all for at most
- * total_ms. Blocks until done; any thread may call it. On failure nothing is changed in the
+ * reused PID apart. Threads are tried in order, again and again, each for at most per_thread_ms, all
+ * for at most total_ms. Blocks until done; any thread may call it. On failure nothing is changed in the
  * target. QPC_GONE: the process died. QPC_REFUSED: no right to trace it (errnum is set), or the
  * target may not open a userfaultfd (device_errno, syscall_errno). QPC_TIMEOUT: no thread stopped.
  * A thread that waits in a kernel-mode fault and is tried in vain does not sleep any more until

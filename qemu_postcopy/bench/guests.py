@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from qemu_postcopy.bench.report import Report, Result, describe_host
-from qemu_postcopy.errors import ContentError, HostError, TargetGoneError
+from qemu_postcopy.errors import ContentError, HostError, PostcopyError, TargetGoneError
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.images.builder import build
 from qemu_postcopy.images.console import Bad, ConsoleParser, Failure, Record, Walk
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.sidecar.control import ask
-from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.sidecar.rundir import RunDirectory, list_directories
 from qemu_postcopy.snapshot import SnapshotOptions, snapshot
 from qemu_postcopy.vm.launch import launch
 from qemu_postcopy.vm.process import ProcessIdentity
@@ -237,8 +237,12 @@ class _Fleet:
         """By the command, some at a time; the others run on meanwhile."""
         turns = asyncio.Semaphore(self._bench.at_once)
 
+        failures: list[PostcopyError] = []
+
         async def one(number: int) -> None:
             async with turns:
+                if failures:
+                    return
                 began = time.monotonic()
                 result = await self._command(
                     "restore", "--json", "--no-background", "--name", f"g{number}",
@@ -249,9 +253,16 @@ class _Fleet:
                 self.guests.append(_RunningGuest(run, result["pid"], result["sidecar_pid"]))
                 self._bench.say(f"restored {len(self.guests)} of {self._bench.count}")
 
-        async with asyncio.TaskGroup() as group:
-            for number in range(self._bench.count):
-                group.create_task(one(number))
+        async def one_or_failure(number: int) -> None:
+            # What others have begun comes to its end: then there is a record of every QEMU.
+            try:
+                await one(number)
+            except PostcopyError as error:
+                failures.append(error)
+
+        await asyncio.gather(*(one_or_failure(number) for number in range(self._bench.count)))
+        if failures:
+            raise failures[0]
 
     async def _command(self, *words: str) -> dict[str, Any]:
         command = await asyncio.create_subprocess_exec(
@@ -338,6 +349,11 @@ class _Fleet:
 
     async def close(self) -> None:
         """Ends every guest; their sidecars go by themselves."""
+        known = {guest.run.name for guest in self.guests}
+        for run in list_directories(self._base):
+            record = run.read_record(missing_ok=True)
+            if run.name not in known and record and run.guest_alive(record):
+                self.guests.append(_RunningGuest(run, record.pid, record.sidecar_pid))
         for guest in self.guests:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(guest.qemu.pidfd, signal.SIGKILL)

@@ -21,10 +21,10 @@ from qemu_postcopy.errors import AttachError, AttachTimeoutError, PostcopyError,
 from qemu_postcopy.vm.process import ProcessIdentity, Thread
 
 #: How long a QEMU that was just started may take to have a second thread, and how often to look.
-HELPER_LIMIT_SECONDS = 0.1
+HELPER_LIMIT_SECONDS = 1.0
 HELPER_POLL_SECONDS = 0.001
 PER_THREAD_LIMIT_MS = 50
-TOTAL_LIMIT_MS = 2000
+TOTAL_LIMIT_MS = 5000
 DEVICE = Path("/dev/userfaultfd")
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")

@@ -383,7 +383,7 @@ static void case_blocked_thread(void)
           injection.threads_tried);
 
     memset(content, 'x', sizeof(content));
-    CHECK(qpc_uffd_copy(uffd, (uintptr_t)fault_page, content, PAGE, &done) == QPC_FILLED, "copy");
+    CHECK(qpc_uffd_copy(uffd, (uintptr_t)fault_page, content, PAGE, 1, &done) == QPC_FILLED, "copy");
     CHECK(read(from_target[0], &got, 1) == 1 && got == 'x', "the blocked write gave %d", got);
     check_target_unharmed();
     end_target();
