@@ -102,6 +102,7 @@ async def restore(
             if not options.paused:
                 await session.resume()
             session.start_background()
+            await session.learn_threads()
             await session.release_monitor()
             await session.wait_complete()
             session.detach()
@@ -240,6 +241,7 @@ def describe(session: Session) -> dict[str, Any]:
         "trouble": session.trouble(),
         "chaos": _chaos(session),
         "statistics": statistics,
+        "origins": session.origins(),
     }
 
 

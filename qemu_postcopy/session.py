@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qemu_postcopy.errors import (
     GuestEndedError,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.vm.attach import TakenDescriptor
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
+    from qemu_postcopy.vm.origin import Origins
     from qemu_postcopy.vm.process import ProcessIdentity
     from qemu_postcopy.vm.qmp import Qmp
     from qemu_postcopy.vm.ways import AttachWay, WayChoice
@@ -184,6 +185,7 @@ class Session:
         self.chaos_sources: list[ChaosSource] = []
         self._ledger: Ledger | None = None
         self._working_set: WorkingSet | None = None
+        self._origins: Origins | None = None
         self._resumed = False
         self._cleanup = contextlib.ExitStack()
 
@@ -357,6 +359,17 @@ class Session:
         self._resumed = True
         self._enter(State.RUNNING)
 
+    async def learn_threads(self) -> None:
+        """Asks QEMU who its threads are, for :meth:`origins`; lacking answers cost nothing."""
+        assert self._qmp is not None
+        origins = self._known_origins()
+        if origins is None:
+            return
+        try:
+            await origins.learn(self._qmp)
+        except PostcopyError as error:
+            log.warning("QEMU does not tell its threads, faults are not told apart: %s", error)
+
     def has_guest(self) -> bool:
         """True while there is a guest that depends on this session."""
         return self.state in (State.LOADED, State.RUNNING, State.COMPLETE)
@@ -473,6 +486,21 @@ class Session:
         """The pager's counters; StateError before there is one."""
         return self._started_pager().statistics()
 
+    def _known_origins(self) -> Origins | None:
+        from qemu_postcopy.vm.origin import Origins
+
+        if self._origins is None and self.identity is not None:
+            self._origins = Origins(self.identity.pid)
+        return self._origins
+
+    def origins(self) -> dict[str, Any]:
+        """Faults, microseconds blocked and latencies by who faulted; empty before there is a
+        pager."""
+        origins = self._known_origins()
+        if origins is None or self.pager is None:
+            return {}
+        return origins.describe(self.pager.threads())
+
     def trouble(self) -> str:
         """Why faults wait, in words, or an empty string while all is well."""
         if self.pager is None:
@@ -540,6 +568,8 @@ class Session:
                     for block in self._layout
                 ],
                 statistics=asdict(self.pager.statistics()) if self.pager else {},
+                # Before that they are asked for, and the guest's first instruction is waited for.
+                origins=self.origins() if self.state in (State.DETACHED, State.GONE) else {},
             )
         )
 

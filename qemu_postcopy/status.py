@@ -24,7 +24,8 @@ def collect(name: str | None = None) -> list[dict[str, Any]]:
     Keys: ``name``, ``state`` (of the session; `waiting` where the sidecar is gone and the guest
     needs it; `ended` where QEMU is gone), ``pid``, ``image``, ``trouble`` (a sentence, or empty),
     ``chaos`` (None, or which page data fails on purpose and how often it did),
-    ``statistics`` (as :class:`qemu_postcopy.paging.pager.Statistics`).
+    ``statistics`` (as :class:`qemu_postcopy.paging.pager.Statistics`), ``origins`` (by who faulted:
+    ``faults``, ``blocked_us``, ``latency_us``; see :mod:`qemu_postcopy.vm.origin`).
 
     Raises:
         SidecarError: no guest of that name is known.
@@ -44,6 +45,7 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
         "trouble": "",
         "chaos": None,
         "statistics": record.statistics,
+        "origins": record.origins,
     }
     if not directory.guest_alive(record):
         return {**entry, "state": "ended" if record.pid else record.state}
@@ -75,11 +77,24 @@ def _table(guests: list[dict[str, Any]]) -> RenderableType:
             str(numbers.get("faults_waiting", "")),
             f"{numbers.get('bytes_read', 0) >> 20} MiB",
         )
+        if guest["origins"]:
+            table.add_row("", f"[dim]{_origins_line(guest['origins'])}[/dim]")
         if guest["chaos"]:
             table.add_row("", f"[yellow]{_chaos_line(guest['chaos'])}[/yellow]")
         if guest["trouble"]:
             table.add_row("", f"[red]{guest['trouble']}[/red]")
     return table
+
+
+def _origins_line(origins: dict[str, Any]) -> str:
+    """Who faulted, most of it first."""
+    total = sum(entry["faults"] for entry in origins.values()) or 1
+    parts = [
+        f"{name} {entry['faults']} ({100 * entry['faults'] / total:.0f} %, "
+        f"{entry['blocked_us'] / 1000:.1f} ms)"
+        for name, entry in sorted(origins.items(), key=lambda item: -item[1]["faults"])
+    ]
+    return "faults of " + ", ".join(parts)
 
 
 def _chaos_line(chaos: dict[str, Any]) -> str:

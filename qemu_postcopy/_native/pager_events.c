@@ -79,12 +79,14 @@ struct fault qpc_pager_unqueue_fault(struct qpc_pager *p)
     return fault;
 }
 
-static void note_fault(struct qpc_pager *p, uint64_t address, uint64_t now)
+static void note_fault(struct qpc_pager *p, uint64_t address, uint32_t tid, uint64_t now)
 {
     struct block *b = block_at(p, address);
+    uint16_t slot = qpc_pager_origin_slot(p, tid);
     uint64_t bucket;
 
     COUNT(p->statistics.faults, 1u);
+    COUNT(p->origins[slot].faults, 1u);
     if (!GET(p->statistics.first_fault_ns))
         SET(p->statistics.first_fault_ns, now);
     SET(p->statistics.last_fault_ns, now);
@@ -96,6 +98,7 @@ static void note_fault(struct qpc_pager *p, uint64_t address, uint64_t now)
             .page = (address - b->is.address) >> b->page_shift,
             .read_ns = now,
             .block = (uint32_t)(b - p->blocks),
+            .slot = slot,
         };
 
         if (p->noting_first_faults)
@@ -186,7 +189,7 @@ unsigned qpc_pager_read_messages(struct qpc_pager *p, unsigned *faults)
         const struct uffd_msg *m = &p->messages[i];
 
         if (m->event == UFFD_EVENT_PAGEFAULT) {
-            note_fault(p, m->arg.pagefault.address, now);
+            note_fault(p, m->arg.pagefault.address, m->arg.pagefault.feat.ptid, now);
             ++*faults;
             continue;
         }

@@ -316,17 +316,19 @@ static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
     return qpc_pager_fill_around(p, b, page, pages_per_fault(p, b), &p->statistics.pages_demand);
 }
 
-static void note_latency(struct qpc_pager *p, uint64_t read_ns, uint64_t now)
+static void note_latency(struct qpc_pager *p, const struct fault *fault, uint64_t now)
 {
-    uint64_t us = (now - read_ns) / 1000;
+    uint64_t ns = now - fault->read_ns, us = ns / 1000;
     unsigned bucket = us ? 64u - (unsigned)__builtin_clzll(us) : 0;
 
-    COUNT(p->statistics.latency_us[bucket < 24 ? bucket : 23], 1u);
+    bucket = bucket < 24 ? bucket : 23;
+    COUNT(p->statistics.latency_us[bucket], 1u);
+    qpc_pager_account_answer(p, fault->slot, bucket, ns);
 }
 
 static void note_answered(struct qpc_pager *p, const struct fault *fault, uint64_t now)
 {
-    note_latency(p, fault->read_ns, now);
+    note_latency(p, fault, now);
     p->answered_ns = now;
     p->spin_armed = 1;
 }

@@ -4,6 +4,7 @@
  *   pager_events.c   messages of the userfaultfd into the queue and the ledger
  *   pager_fill.c     the queue answered, the rest filled in the background
  *   pager_prefetch.c what the first faults were, and filling those pages ahead the next time
+ *   pager_account.c  faults and waiting counted by thread
  *   pager.c          life cycle, the thread's loop, waiting
  *
  * All of it is the pager thread's own, but for what is atomic.
@@ -17,7 +18,7 @@
 
 #include <linux/userfaultfd.h>
 
-#include "pager.h"
+#include "pager_account.h"
 
 /* Faults read and not answered. A blocked thread has one, an asynchronous page fault one each. */
 #ifndef QPC_PAGER_QUEUE_LENGTH
@@ -47,7 +48,8 @@ struct fault {
     uint64_t due_ns; /* 0 = now */
     uint32_t block;
     uint16_t attempts;
-    uint16_t failed; /* source or memory could not be had, rather than an event being first */
+    uint16_t failed : 1; /* source or memory could not be had, rather than an event being first */
+    uint16_t slot : 15;  /* of the thread, in origins */
 };
 
 struct qpc_pager {
@@ -108,6 +110,10 @@ struct qpc_pager {
             first_fault_ns, last_fault_ns, complete_ns, latency_us[24];
         _Atomic uint32_t timeline[2048];
     } statistics;
+
+    struct {
+        _Atomic uint64_t tid, faults, blocked_ns, latency_us[24];
+    } origins[QPC_ORIGIN_SLOTS];
 
     uint32_t block_count;
     struct block blocks[];
@@ -187,6 +193,12 @@ enum fill qpc_pager_fill_around(struct qpc_pager *p, struct block *b, uint64_t p
 
 /* Notes a fault among the first ones, if it is one of them. */
 void qpc_pager_note_first_fault(struct qpc_pager *p, uint32_t block, uint64_t page, uint64_t now);
+
+/* The slot of a thread, taken for it if it has none; tid 0 = not known. */
+uint16_t qpc_pager_origin_slot(struct qpc_pager *p, uint32_t tid);
+
+/* Counts an answer after so many nanoseconds, which belong in this bucket of latency_us. */
+void qpc_pager_account_answer(struct qpc_pager *p, uint16_t slot, unsigned bucket, uint64_t ns);
 
 /* Fills one page ahead; returns 0 where nothing is left to be. */
 int qpc_pager_fill_ahead(struct qpc_pager *p);

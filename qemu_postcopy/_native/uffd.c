@@ -58,7 +58,7 @@ uint64_t qpc_uffd_wanted_features(uint64_t available)
                       UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_MISSING_SHMEM |
                       UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_PAGEFAULT_FLAG_WP |
                       UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_WP_UNPOPULATED |
-                      UFFD_FEATURE_WP_ASYNC;
+                      UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_THREAD_ID;
 
     return wanted & available;
 }

@@ -16,6 +16,7 @@ from typing import Self
 
 from qemu_postcopy._native import check, ffi, lib, new_error, raise_error
 from qemu_postcopy.errors import UsageError
+from qemu_postcopy.paging.account import ThreadFaults, read_threads
 from qemu_postcopy.paging.ledger import Ledger
 from qemu_postcopy.paging.source import Source
 
@@ -180,6 +181,7 @@ class Pager:
                 raise_error(error)
             self._buffers = buffers.pop_all()
         self._last: Statistics | None = None
+        self._last_threads: list[ThreadFaults] = []
 
     def prefetch(self, pages: Sequence[tuple[int, int]]) -> None:
         """Has these pages (indices of block and page) filled first of all.
@@ -213,6 +215,7 @@ class Pager:
         """Stops and frees.  Does not unregister: faults wait for whoever takes over."""
         if self._pager != ffi.NULL:
             self._last = self.statistics()
+            self._last_threads = self.threads()
             lib.qpc_pager_destroy(self._pager)
             self._pager = ffi.NULL
             self._buffers.close()
@@ -247,6 +250,12 @@ class Pager:
             latency_us=tuple(raw.latency_us),
             timeline=tuple(timeline),
         )
+
+    def threads(self) -> list[ThreadFaults]:
+        """Whose faults were answered; after :meth:`close` as it was last."""
+        if self._pager == ffi.NULL:
+            return self._last_threads
+        return read_threads(self._pager)
 
     def __enter__(self) -> Self:
         return self

@@ -63,6 +63,7 @@ class SessionRecord:
     chunk_size: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, Any] = field(default_factory=dict)
 
 
 class RunDirectory:

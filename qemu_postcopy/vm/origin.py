@@ -1,0 +1,99 @@
+"""Who a guest's faults come from: thread ids of QEMU and of the kernel, put into words.
+
+Step "serve" of the flow, in the control plane.  Faults are counted by thread id and named late, so
+nothing is lost while a name is unknown.  Trusts QEMU's monitor for virtual CPUs and I/O threads,
+and /proc for the rest, of which only what everybody may read is needed: no right that is given up
+after the attach.  A
+name once found is kept, but for what QEMU itself says; ids that are used again within one
+guest's filling are taken for the first thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qemu_postcopy.paging.account import OTHER, UNKNOWN, ThreadFaults
+from qemu_postcopy.vm.qmp import Qmp
+
+ASYNC = "async page fault"
+MAIN = "main loop"
+WORKER = "worker"
+#: PF_KTHREAD in the flags of /proc/PID/stat (Linux, include/linux/sched.h).
+KERNEL_THREAD = 0x00200000
+
+
+class Origins:
+    """Names of the threads that fault for one QEMU."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._names: dict[int, str] = {UNKNOWN: "unknown", OTHER: "other"}
+
+    async def learn(self, qmp: Qmp) -> None:
+        """Asks QEMU which threads are its virtual CPUs and I/O threads; raises QmpError.
+
+        Under TCG without multi-threading all virtual CPUs are one thread, which has the name of
+        the first.
+        """
+        for cpu in reversed(await qmp.execute("query-cpus-fast")):
+            self._names[int(cpu["thread-id"])] = f"vCPU {cpu['cpu-index']}"
+        for thread in await qmp.execute("query-iothreads"):
+            self._names[int(thread["thread-id"])] = f"I/O thread {thread['id']}"
+
+    def name(self, tid: int) -> str:
+        """Of a thread: `vCPU n`, `I/O thread id`, `main loop`, `worker` (any other of QEMU),
+        `async page fault` (the kernel on a virtual CPU's behalf), else `other` (it has ended)."""
+        name = self._names.get(tid)
+        if name is None:
+            name = self._look(tid)
+            if name is None:
+                return "other"
+            self._names[tid] = name
+        return name
+
+    def _look(self, tid: int) -> str | None:
+        ours = _numbers_inside(self.pid)
+        if tid == ours:
+            return MAIN
+        if Path(f"/proc/{self.pid}/task/{tid}").exists():
+            return WORKER
+        if ours == self.pid and _is_kernel_thread(tid):
+            return ASYNC
+        return None
+
+    def describe(self, threads: Iterable[ThreadFaults]) -> dict[str, Any]:
+        """Faults, microseconds blocked and latencies by name; see ThreadFaults."""
+        ret: dict[str, Any] = {}
+        for thread in threads:
+            entry = ret.setdefault(
+                self.name(thread.tid),
+                {"faults": 0, "blocked_us": 0, "latency_us": [0] * len(thread.latency_us)},
+            )
+            entry["faults"] += thread.faults
+            entry["blocked_us"] += thread.blocked_ns // 1000
+            entry["latency_us"] = [
+                a + b for a, b in zip(entry["latency_us"], thread.latency_us, strict=True)
+            ]
+        return ret
+
+
+def _numbers_inside(pid: int) -> int:
+    """The process's number in its own PID namespace, by which its threads are counted."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    except OSError:
+        pass
+    return pid
+
+
+def _is_kernel_thread(tid: int) -> bool:
+    try:
+        # proc(5): the name in parentheses may hold blanks; flags is the 7th field after it.
+        fields = Path(f"/proc/{tid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & KERNEL_THREAD)
