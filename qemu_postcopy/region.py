@@ -170,11 +170,19 @@ class Region:
 
     def page_frame(self, offset: int) -> int | None:
         """Physical page number by /proc/self/pagemap (root only), None where nothing is mapped."""
+        entry = self._pagemap_entry(offset)
+        return entry & ((1 << 55) - 1) if entry >> 63 else None
+
+    def is_write_protected(self, offset: int) -> bool:
+        """Whether a userfaultfd protects this page from writes, by /proc/self/pagemap."""
+        return bool(self._pagemap_entry(offset) >> 57 & 1)
+
+    def _pagemap_entry(self, offset: int) -> int:
+        # Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 57 write-protected by
+        # userfaultfd, 0 to 54 the frame
         with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
             pagemap.seek(self.at(offset) // PAGE_BYTES * 8)
-            entry = int.from_bytes(pagemap.read(8), "little")
-        # Documentation/admin-guide/mm/pagemap.rst: bit 63 present, bits 0 to 54 the frame
-        return entry & ((1 << 55) - 1) if entry >> 63 else None
+            return int.from_bytes(pagemap.read(8), "little")
 
     def huge_bytes(self) -> int:
         """How many bytes lie in transparent huge pages (AnonHugePages in /proc/self/smaps)."""

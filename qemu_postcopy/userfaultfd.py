@@ -427,7 +427,10 @@ class Userfaultfd:
         return self._call(Operation.WRITEPROTECT, address, length, 0 if wake else 2)
 
     def poison(self, address: int, length: int, *, wake: bool = True) -> int:
-        """Whoever touches these missing pages gets SIGBUS (EFAULT inside system calls)."""
+        """Whoever touches these missing pages gets SIGBUS (EFAULT inside system calls).
+
+        ``copy`` and ``zeropage`` heal them.
+        """
         return self._call(Operation.POISON, address, length, 0 if wake else 1)
 
     def wake(self, address: int, length: int) -> None:

@@ -1,0 +1,177 @@
+"""Promises S7 and S8: pages are moved, not copied; strictly; and huge pages stay whole."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from userfaultfd.faulting import PAGE, WAIT_SECONDS, next_fault, page_of, word_of
+
+from qemu_postcopy.errors import Outcome, UserfaultfdError
+from qemu_postcopy.region import HUGE_BYTES, Region
+from qemu_postcopy.userfaultfd import Feature, Userfaultfd
+
+pytestmark = pytest.mark.needs("uffd", "root")
+
+Background = Callable[..., Future[Any]]
+
+
+def filled(pages: int, alignment: int = PAGE) -> Region:
+    """Pages of 1, 2, 3 ..."""
+    memory = Region.anonymous(pages * PAGE, alignment=alignment)
+    for page in range(pages):
+        memory.fill(page % 250 + 1, page * PAGE, PAGE)
+    return memory
+
+
+def test_a_fault_is_answered_by_the_very_page_that_lay_elsewhere(background: Background) -> None:
+    with (
+        filled(1) as source,
+        Region.anonymous(PAGE) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        ours.register(memory.address, PAGE)
+        frame = source.page_frame(0)
+        touched = background(memory.load, 0)
+        next_fault(ours)
+        assert ours.move(memory.address, source.address, PAGE) == PAGE
+        assert touched.result(WAIT_SECONDS) == word_of(1)
+        assert frame is not None
+        assert memory.page_frame(0) == frame
+        assert source.page_frame(0) is None
+        assert source.load(0) == 0
+
+
+def test_a_filled_destination_is_not_overwritten() -> None:
+    with (
+        filled(2) as source,
+        Region.anonymous(2 * PAGE) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        ours.register(memory.address, memory.length)
+        ours.copy(memory.at(PAGE), page_of(9))
+        with pytest.raises(UserfaultfdError) as caught:
+            ours.move(memory.at(PAGE), source.address, PAGE)
+        assert caught.value.outcome is Outcome.PRESENT
+        assert (memory.load(PAGE), source.load(0)) == (word_of(9), word_of(1))
+        # Both pages: the first is moved, then the kernel stops.
+        with pytest.raises(UserfaultfdError) as caught:
+            ours.move(memory.address, source.address, 2 * PAGE)
+        assert (caught.value.outcome, caught.value.done) == (Outcome.PARTIAL, PAGE)
+        assert (memory.load(0), memory.load(PAGE)) == (word_of(1), word_of(9))
+        assert (source.load(0), source.load(PAGE)) == (0, word_of(2))
+
+
+def test_a_hole_in_the_source_is_refused_unless_holes_are_allowed(background: Background) -> None:
+    with (
+        filled(3) as source,
+        Region.anonymous(3 * PAGE) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        source.advise(mmap.MADV_DONTNEED, 0, PAGE)
+        source.advise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
+        ours.register(memory.address, memory.length)
+        with pytest.raises(UserfaultfdError) as caught:
+            ours.move(memory.address, source.address, PAGE)
+        assert caught.value.outcome is Outcome.HOLE
+        assert ours.move(memory.address, source.address, 3 * PAGE, allow_holes=True) == 3 * PAGE
+        assert memory.load(PAGE) == word_of(2)
+        # A hole that was moved is a hole: its fault is told.
+        touched = background(memory.load, 0)
+        assert next_fault(ours).address == memory.address
+        ours.zeropage(memory.address, PAGE)
+        assert touched.result(WAIT_SECONDS) == 0
+
+
+def test_a_page_that_a_child_has_too_is_refused_and_one_kept_from_it_is_moved() -> None:
+    with (
+        filled(1) as shared,
+        filled(1) as kept,
+        Region.anonymous(2 * PAGE) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        kept.advise(mmap.MADV_DONTFORK)
+        ours.register(memory.address, memory.length)
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        try:
+            with pytest.raises(UserfaultfdError) as caught:
+                ours.move(memory.address, shared.address, PAGE)
+            assert caught.value.outcome is Outcome.BUSY
+            assert ours.move(memory.at(PAGE), kept.address, PAGE) == PAGE
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert shared.load(0) == word_of(1)
+        assert memory.load(PAGE) == word_of(1)
+
+
+def test_a_huge_page_is_moved_whole() -> None:
+    with (
+        Region.anonymous(HUGE_BYTES, alignment=HUGE_BYTES) as source,
+        Region.anonymous(HUGE_BYTES, alignment=HUGE_BYTES) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        source.advise(mmap.MADV_HUGEPAGE)
+        memory.advise(mmap.MADV_HUGEPAGE)
+        source.fill(3)
+        if source.huge_bytes() != HUGE_BYTES:
+            pytest.skip("the kernel gave no transparent huge page")
+        frames = [source.page_frame(offset) for offset in range(0, HUGE_BYTES, PAGE)]
+        ours.register(memory.address, memory.length)
+        assert ours.move(memory.address, source.address, HUGE_BYTES) == HUGE_BYTES
+        assert (memory.huge_bytes(), source.huge_bytes()) == (HUGE_BYTES, 0)
+        assert [memory.page_frame(offset) for offset in range(0, HUGE_BYTES, PAGE)] == frames
+        assert memory.first_difference(0, b"\3" * HUGE_BYTES) is None
+
+
+def test_a_part_of_a_huge_page_is_moved_as_small_pages() -> None:
+    with (
+        Region.anonymous(HUGE_BYTES, alignment=HUGE_BYTES) as source,
+        Region.anonymous(HUGE_BYTES, alignment=HUGE_BYTES) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        source.advise(mmap.MADV_HUGEPAGE)
+        source.fill(3)
+        ours.register(memory.address, memory.length)
+        moved = 0
+        while moved < HUGE_BYTES // 2:
+            left = HUGE_BYTES // 2 - moved
+            try:
+                moved += ours.move(memory.at(moved), source.at(moved), left)
+            except UserfaultfdError as error:  # splitting waits for whoever looks at the page
+                assert error.retryable, error
+                moved += max(0, error.done)
+        assert (memory.huge_bytes(), source.huge_bytes()) == (0, 0)
+        assert memory.first_difference(0, b"\3" * (HUGE_BYTES // 2)) is None
+
+
+def test_dropping_a_huge_range_keeps_its_neighbour_whole() -> None:
+    with Region.anonymous(2 * HUGE_BYTES, alignment=HUGE_BYTES) as memory:
+        memory.advise(mmap.MADV_HUGEPAGE)
+        memory.fill(1)
+        if memory.huge_bytes() != 2 * HUGE_BYTES:
+            pytest.skip("the kernel gave no transparent huge pages")
+        memory.advise(mmap.MADV_DONTNEED, 0, HUGE_BYTES)
+        assert memory.huge_bytes() == HUGE_BYTES
+        assert memory.load(HUGE_BYTES) == word_of(1)
+
+
+def test_memory_that_is_not_private_and_anonymous_is_refused() -> None:
+    with (
+        Region.memfd(PAGE) as source,
+        Region.anonymous(PAGE) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        source.fill(1)
+        ours.register(memory.address, PAGE)
+        with pytest.raises(UserfaultfdError) as caught:
+            ours.move(memory.address, source.address, PAGE)
+        assert caught.value.outcome is Outcome.INVALID
