@@ -28,6 +28,7 @@ ELSEWHERE = {
     "bench": ("qemu_postcopy.bench.commands", "bench_commands", "Measure this host."),
     "images": ("qemu_postcopy.images.commands", "images_commands", "Build test guests."),
     "serve": ("qemu_postcopy.serve", "serve_command", "Serve a VMM's own userfaultfd."),
+    "metrics": ("qemu_postcopy.metrics", "metrics_command", "Export figures to Prometheus."),
     "demo": ("qemu_postcopy.demo", "demo_command", "Snapshot and resume a real guest, verified."),
 }
 
