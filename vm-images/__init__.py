@@ -3,6 +3,7 @@
 - ``builder``: makes (and caches) a kernel and an initramfs with our guest programs;
 - ``guest_image``: what was made, and the kernel command line that tells the guest what to do;
 - ``console``: the guest's lines as typed records;
+- ``micro_guest``: a ROM that verifies memory without an operating system, for KVM;
 - ``qemu_versions``: another QEMU version beside the host's own;
 - ``commands``: all that on the command line (``python -m qemu_postcopy.images``).
 """

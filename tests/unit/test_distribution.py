@@ -28,6 +28,8 @@ def files() -> set[str]:
         "qemu_postcopy/_native/qemu-postcopy-preload.so",
         "qemu_postcopy/images/manifest.toml",
         "qemu_postcopy/images/guest/memcheck.c",
+        "qemu_postcopy/images/micro/start.S",
+        "qemu_postcopy/images/micro/rom.ld",
         "qemu_postcopy/baseline/bare_handler.c",
     ],
 )

@@ -1,0 +1,35 @@
+"""The guests of tests/vm, and micro guests under each accelerator."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from kvm.micro import Accelerator
+from vm.conftest import lab
+
+from qemu_postcopy.images.micro_guest import MicroGuest, build_micro_guest
+
+__all__ = ["lab"]
+
+
+@pytest.fixture(scope="session")
+def micro_guest() -> MicroGuest:
+    """The ROM, built on first use; ``needs("cc")`` goes with it."""
+    cache = os.environ.get("QPC_CACHE")
+    return build_micro_guest(Path(cache) if cache else None)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(Accelerator("kvm", "qemu64,+kvm-asyncpf-int"), marks=pytest.mark.needs("kvm")),
+        Accelerator("tcg", "qemu64"),
+    ],
+    ids=lambda accelerator: accelerator.name,
+)
+def accelerator(request: pytest.FixtureRequest) -> Accelerator:
+    """Each way to run the guest's instructions."""
+    made = request.param
+    assert isinstance(made, Accelerator)
+    return made
