@@ -415,6 +415,27 @@ class Userfaultfd:
         mode = (0 if wake else 1) | (2 if allow_holes else 0)
         return self._call(Operation.MOVE, destination, length, mode, source)
 
+    def move_range(
+        self, destination: int, source: int, length: int, *, allow_holes: bool = False
+    ) -> int:
+        """As ``move``, but goes on after a part until all is moved, or until the reason is known.
+
+        The error then has that reason instead of PARTIAL: ``done`` bytes of the range are moved,
+        and ``address`` is that of the destination's page where it stopped.
+        """
+        moved = 0
+        while moved < length:
+            at, rest = destination + moved, length - moved
+            try:
+                moved += self.move(at, source + moved, rest, allow_holes=allow_holes)
+            except UserfaultfdError as error:
+                if error.outcome is not Outcome.PARTIAL:
+                    raise UserfaultfdError(
+                        "UFFDIO_MOVE", error.outcome, error.errno, moved, at
+                    ) from error
+                moved += error.done
+        return moved
+
     def write_protect(self, address: int, length: int) -> int:
         """Writes there are told (or, with WP_ASYNC, noted) from now on.
 
@@ -429,7 +450,7 @@ class Userfaultfd:
     def poison(self, address: int, length: int, *, wake: bool = True) -> int:
         """Whoever touches these missing pages gets SIGBUS (EFAULT inside system calls).
 
-        ``copy`` and ``zeropage`` heal them.
+        ``copy`` heals them; ``zeropage`` does in shared memory only (PRESENT in private one).
         """
         return self._call(Operation.POISON, address, length, 0 if wake else 1)
 

@@ -61,6 +61,24 @@ def test_poisoned_memory_is_a_sigbus_and_its_neighbour_is_not() -> None:
     assert (ended.stdout, ended.returncode) == ("0\n", -signal.SIGBUS), ended.stderr
 
 
+@pytest.mark.parametrize("make", [Region.anonymous, Region.memfd])
+def test_poison_is_healed_by_data_and_by_zeros_in_shared_memory_only(
+    make: Callable[[int], Region],
+) -> None:
+    with make(2 * PAGE) as memory, Userfaultfd.open(Feature.POISON) as ours:
+        ours.register(memory.address, memory.length)
+        ours.poison(memory.address, memory.length)
+        ours.copy(memory.address, page_of(4))
+        assert memory.load(0) == word_of(4)
+        if make == Region.memfd:
+            ours.zeropage(memory.at(PAGE), PAGE)
+            assert memory.load(PAGE) == 0
+        else:
+            with pytest.raises(UserfaultfdError) as caught:
+                ours.zeropage(memory.at(PAGE), PAGE)
+            assert caught.value.outcome is Outcome.PRESENT
+
+
 def test_without_a_handler_a_system_call_gets_an_error() -> None:
     with Region.anonymous(2 * PAGE) as memory, Userfaultfd.open(Feature.SIGBUS) as ours:
         ours.register(memory.address, memory.length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
@@ -86,6 +87,28 @@ def test_a_hole_in_the_source_is_refused_unless_holes_are_allowed(background: Ba
         assert next_fault(ours).address == memory.address
         ours.zeropage(memory.address, PAGE)
         assert touched.result(WAIT_SECONDS) == 0
+
+
+def test_a_range_is_moved_up_to_what_stops_it_and_the_reason_is_told() -> None:
+    with (
+        filled(5) as source,
+        Region.anonymous(5 * PAGE) as memory,
+        Userfaultfd.open(Feature.MOVE) as ours,
+    ):
+        source.advise(mmap.MADV_DONTNEED, 2 * PAGE, PAGE)
+        ours.register(memory.address, memory.length)
+        ours.copy(memory.at(4 * PAGE), page_of(9))
+        with pytest.raises(UserfaultfdError) as caught:
+            ours.move_range(memory.address, source.address, 5 * PAGE)
+        assert (caught.value.outcome, caught.value.errno) == (Outcome.HOLE, errno.ENOENT)
+        assert (caught.value.done, caught.value.address) == (2 * PAGE, memory.at(2 * PAGE))
+        with pytest.raises(UserfaultfdError) as caught:
+            ours.move_range(memory.at(2 * PAGE), source.at(2 * PAGE), 3 * PAGE, allow_holes=True)
+        assert (caught.value.outcome, caught.value.errno) == (Outcome.PRESENT, errno.EEXIST)
+        assert (caught.value.done, caught.value.address) == (2 * PAGE, memory.at(4 * PAGE))
+        found = [memory.load(page * PAGE) for page in (0, 1, 3, 4)]
+        assert found == [word_of(1), word_of(2), word_of(4), word_of(9)]
+        assert source.load(4 * PAGE) == word_of(5)
 
 
 def test_a_page_that_a_child_has_too_is_refused_and_one_kept_from_it_is_moved() -> None:
