@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from qemu_postcopy import __version__
-from qemu_postcopy.errors import PostcopyError
+from qemu_postcopy.errors import PostcopyError, UsageError
 
 #: Commands that live with what they command: name -> (module, attribute, one line of help).
 ELSEWHERE = {
@@ -208,6 +208,12 @@ SERVING_OPTIONS = [
     ),
     click.option("--foreground", is_flag=True, help="Serve in this process; return when complete."),
     click.option(
+        "--trace",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Record every fault, up to a million, in this new file.",
+    ),
+    click.option(
         "--chaos",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE",
@@ -296,6 +302,8 @@ def _serve(
         from qemu_postcopy.paging.chaos import ChaosSchedule
 
         schedule = ChaosSchedule.load(rest["chaos"])
+    if rest["trace"] is not None and rest["trace"].exists():
+        raise UsageError(f"{rest['trace']} exists", hint="give the trace another name")
     options = RestoreOptions(
         image=image,
         name=rest["name"],
@@ -308,6 +316,7 @@ def _serve(
             working_set=rest["working_set"],
             allow_newer_qemu=rest["allow_newer_qemu"],
             chaos=schedule,
+            trace=rest["trace"],
             attach_by=attach_by,
         ),
         **target,

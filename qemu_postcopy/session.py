@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.paging.pager import Pager, Statistics
     from qemu_postcopy.paging.prefetch import WorkingSet
     from qemu_postcopy.paging.source import Source
+    from qemu_postcopy.paging.trace import TraceWriter
     from qemu_postcopy.vm.attach import TakenDescriptor
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
@@ -109,6 +110,8 @@ class SessionOptions:
     working_set: bool = True
     #: give CAP_SYS_PTRACE up, for the whole process and for good, once it is not needed any more
     drop_rights: bool = False
+    #: file that every fault is recorded in; there must be none yet
+    trace: Path | None = None
     #: page data fails as this says
     chaos: ChaosSchedule | None = None
 
@@ -186,6 +189,7 @@ class Session:
         self._ledger: Ledger | None = None
         self._working_set: WorkingSet | None = None
         self._origins: Origins | None = None
+        self._trace: TraceWriter | None = None
         self._resumed = False
         self._cleanup = contextlib.ExitStack()
 
@@ -304,6 +308,8 @@ class Session:
         )
         self._cleanup.callback(self._ledger.close)
         options = self.options
+        if options.trace is not None:
+            self._open_trace(options.trace)
         spin = options.spin_limit_us
         self.pager = Pager(
             self._userfaultfd,
@@ -319,6 +325,8 @@ class Session:
         self._cleanup.callback(self.pager.close)
         if self._working_set is not None:
             self.pager.prefetch(self._working_set.pages(blocks))
+        if self._trace is not None:
+            self.pager.record(self._trace)
         self._register()
         # Before the pager's thread: each thread has rights of its own.
         if self.options.drop_rights:
@@ -499,7 +507,34 @@ class Session:
         origins = self._known_origins()
         if origins is None or self.pager is None:
             return {}
-        return origins.describe(self.pager.threads())
+        threads = self.pager.threads()
+        described = origins.describe(threads)
+        if self._trace is not None:
+            from qemu_postcopy.paging.trace import TraceThread
+
+            # Those that share a number have their own in the records, but no name.
+            self._trace.set_threads(
+                [TraceThread(t.tid, origins.name(t.tid)) for t in threads if t.tid > 0]
+            )
+        return described
+
+    def _open_trace(self, path: Path) -> None:
+        from qemu_postcopy.paging.trace import TraceBlock, TraceWriter
+
+        blocks = [
+            TraceBlock(block.name, block.address, block.size_bytes, block.page_size_bytes)
+            for block in self._layout
+        ]
+        self._trace = TraceWriter.create(path, blocks)
+
+        def close() -> None:
+            assert self._trace is not None
+            self._trace.close()
+            self._trace = None
+            if self.state is State.FAILED:  # a trace of nothing
+                path.unlink(missing_ok=True)
+
+        self._cleanup.callback(close)
 
     def trouble(self) -> str:
         """Why faults wait, in words, or an empty string while all is well."""

@@ -98,6 +98,7 @@ static void note_fault(struct qpc_pager *p, uint64_t address, uint32_t tid, uint
             .page = (address - b->is.address) >> b->page_shift,
             .read_ns = now,
             .block = (uint32_t)(b - p->blocks),
+            .tid = tid,
             .slot = slot,
         };
 

@@ -329,6 +329,8 @@ static void note_latency(struct qpc_pager *p, const struct fault *fault, uint64_
 static void note_answered(struct qpc_pager *p, const struct fault *fault, uint64_t now)
 {
     note_latency(p, fault, now);
+    if (p->trace)
+        qpc_pager_trace_answer(p, fault, now, 0);
     p->answered_ns = now;
     p->spin_armed = 1;
 }
@@ -380,6 +382,8 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
         case FILL_GONE:
             /* Nobody can be waiting for it properly: let the thread see for itself. */
             wake(p, b->is.address + (fault.page << b->page_shift), b->is.page_size);
+            if (p->trace)
+                qpc_pager_trace_answer(p, &fault, now, 1);
             return;
         case FILL_EVENT_FIRST:
             if (!at_once_until_ns)

@@ -5,6 +5,7 @@
  *   pager_fill.c     the queue answered, the rest filled in the background
  *   pager_prefetch.c what the first faults were, and filling those pages ahead the next time
  *   pager_account.c  faults and waiting counted by thread
+ *   pager_trace.c    each fault recorded in memory that others read
  *   pager.c          life cycle, the thread's loop, waiting
  *
  * All of it is the pager thread's own, but for what is atomic.
@@ -19,6 +20,7 @@
 #include <linux/userfaultfd.h>
 
 #include "pager_account.h"
+#include "pager_trace.h"
 
 /* Faults read and not answered. A blocked thread has one, an asynchronous page fault one each. */
 #ifndef QPC_PAGER_QUEUE_LENGTH
@@ -47,6 +49,7 @@ struct fault {
     uint64_t read_ns;
     uint64_t due_ns; /* 0 = now */
     uint32_t block;
+    uint32_t tid;
     uint16_t attempts;
     uint16_t failed : 1; /* source or memory could not be had, rather than an event being first */
     uint16_t slot : 15;  /* of the thread, in origins */
@@ -94,6 +97,10 @@ struct qpc_pager {
     int noting_first_faults;
     struct qpc_pager_page *first_faults; /* QPC_PAGER_FIRST_FAULTS of room */
     _Atomic uint32_t first_fault_count;  /* so many are written */
+
+    struct qpc_trace *trace; /* or NULL */
+    struct qpc_trace_record *trace_records;
+    uint64_t trace_capacity, trace_count; /* ours: others can write to the file */
 
     pthread_t thread;
     int started;
@@ -208,5 +215,9 @@ int qpc_pager_fill_ahead(struct qpc_pager *p);
  * go on at once, UINT64_MAX = nothing left.
  */
 uint64_t qpc_pager_fill_background(struct qpc_pager *p);
+
+/* Records an answer; only where there is a trace. */
+void qpc_pager_trace_answer(struct qpc_pager *p, const struct fault *fault, uint64_t now,
+                            int is_gone);
 
 #endif

@@ -19,6 +19,7 @@ from qemu_postcopy.errors import UsageError
 from qemu_postcopy.paging.account import ThreadFaults, read_threads
 from qemu_postcopy.paging.ledger import Ledger
 from qemu_postcopy.paging.source import Source
+from qemu_postcopy.paging.trace import TraceWriter
 
 #: Bytes filled around a fault unless told otherwise; `qemu-postcopy bench restore` chose it.
 DEFAULT_CHUNK_SIZE = 64 << 10
@@ -200,6 +201,10 @@ class Pager:
         structs = ffi.new("struct qpc_pager_page[]", FIRST_FAULTS)
         count = lib.qpc_pager_first_faults(self._pager, structs)
         return [(int(structs[i].block), int(structs[i].page)) for i in range(count)]
+
+    def record(self, trace: TraceWriter) -> None:
+        """Has every fault recorded.  Before :meth:`start`; ``trace`` is closed after the pager."""
+        lib.qpc_pager_record(self._pager, trace.trace, trace.records)
 
     def start(self) -> None:
         """Starts the thread; faults are served from now on."""

@@ -17,6 +17,7 @@ from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock, PagerState, Statistics
 from qemu_postcopy.paging.source import FileSource, Source
+from qemu_postcopy.paging.trace import TraceBlock, TraceWriter
 
 #: The block does not begin at the beginning of the file, and not on a page border.
 SOURCE_OFFSET = 4096 + 96
@@ -88,6 +89,7 @@ class ServedGuest:
         spin_limit_us: int = 200,
         chaos: ChaosSchedule | None = None,
         note_first_faults: bool = False,
+        trace_capacity: int = 0,
     ) -> None:
         self.run_dir = run_dir
         self.mapper = Mapper(binary, memory, pages)
@@ -101,6 +103,10 @@ class ServedGuest:
         self.ledger = Ledger.create(
             self.ledger_path, [LedgerBlock("m0", self.page_size, self.mapper.length)]
         )
+        self.trace: TraceWriter | None = None
+        if trace_capacity:
+            traced = TraceBlock("m0", self.mapper.address, self.mapper.length, self.page_size)
+            self.trace = TraceWriter.create(run_dir / "trace", [traced], trace_capacity)
         self.pager = Pager(
             self.mapper.userfaultfd,
             [self.pager_block()],
@@ -111,6 +117,8 @@ class ServedGuest:
             spin_limit_us=spin_limit_us,
             note_first_faults=note_first_faults,
         )
+        if self.trace is not None:
+            self.pager.record(self.trace)
         if start:
             self.pager.start()
 
@@ -179,6 +187,8 @@ class ServedGuest:
             (self.run_dir / "statistics.txt").write_text(f"{self.pager.statistics()}\n")
         self.mapper.close()
         self.pager.close()
+        if self.trace is not None:
+            self.trace.close()
         self.ledger.close()
         self.source.close()
         os.close(self.mapper.userfaultfd)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from vm.guests import Lab, SharedSnapshots, cli, goes_on_from
+from vm.guests import Lab, SharedSnapshots, cli, goes_on_from, refused
 
 from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.paging.trace import Trace
 
 pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
 
@@ -16,7 +18,8 @@ def test_faults_are_those_of_the_virtual_cpu_and_of_loading(
     qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
 ) -> None:
     snapshot = snapshots.checker(lab, guest_image, qemu)
-    guest = lab.restore(snapshot, "--no-background", "--no-working-set")
+    path = lab.directory / "trace"
+    guest = lab.restore(snapshot, "--no-background", "--no-working-set", "--trace", path)
     goes_on_from(guest, snapshot)
     guest.console.wait_passes(1)
     status = guest.status()
@@ -34,3 +37,12 @@ def test_faults_are_those_of_the_virtual_cpu_and_of_loading(
     assert cli("fill", guest.name).returncode == 0
     guest.wait_sidecar_gone()
     assert guest.status()["origins"]["vCPU 0"]["faults"] >= origins["vCPU 0"]["faults"]
+    with Trace(path) as trace:
+        faults = Counter(fault.tid for fault in trace)
+        assert len(trace) > 0 and trace.lost == 0
+    (vcpu,) = (thread.tid for thread in trace.threads if thread.origin == "vCPU 0")
+    assert faults[vcpu] == guest.status()["origins"]["vCPU 0"]["faults"]
+    assert set(faults) == {thread.tid for thread in trace.threads}
+    refused(
+        "restore", "--trace", path, "--name", "again", snapshot.image, status=2, words=["exists"]
+    )
