@@ -206,9 +206,8 @@ class Trace:
         size = len(self._mapping)
         if size < RECORDS_OFFSET or self._mapping[:8] != MAGIC:
             raise self._damaged("it is no trace of faults")
-        (_, version, record_size, capacity, count, self.lost, *rest) = HEADER.unpack_from(
-            self._mapping
-        )
+        fields: tuple[int, ...] = HEADER.unpack_from(self._mapping)[1:]
+        version, record_size, capacity, count, self.lost, *rest = fields
         self.started_ns, self.realtime_ns, blocks, threads = rest
         if (version, record_size) != (VERSION, RECORD.size):
             raise self._damaged(f"its version {version} is not known here")
@@ -218,7 +217,7 @@ class Trace:
             raise self._damaged("it was cut short")
         self.blocks = [self._block(index) for index in range(blocks)]
         self.threads = [self._thread(index) for index in range(threads)]
-        self.count = int(count)
+        self.count = count
 
     def _damaged(self, what: str) -> ImageError:
         return ImageError(f"{self.path}: {what}", hint="give a file of `restore --trace`")
