@@ -12,6 +12,9 @@ from __future__ import annotations
 import enum
 import mmap
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +33,10 @@ def _checked(result: int, what: str) -> int:
 
 
 class Region:
-    """A mapping of this process, and the memfd behind it if it has one; unmapped when closed."""
+    """A mapping of this process, and the memfd behind it if it has one; unmapped when closed.
+
+    Where a thread is still touching it then, which may wait for a page, the last one unmaps it.
+    """
 
     def __init__(
         self, length: int, page_bytes: int, descriptor: int, *, shared: bool, alignment: int
@@ -42,6 +48,9 @@ class Region:
         self.descriptor = descriptor
         self.shared = shared
         self._alignment = alignment
+        self._lock = threading.Lock()
+        self._users = 0
+        self._closed = False
         self._mapped = False
         self.address = _checked(
             lib.qpc_memory_map(length, alignment, descriptor, shared), f"cannot map {length} bytes"
@@ -86,12 +95,39 @@ class Region:
         )
 
     def close(self) -> None:
-        if self._mapped:
-            self._mapped = False
-            lib.qpc_memory_unmap(self.address, self.length)
+        with self._lock:
+            self._closed = True
+            self._unmap_if_unused()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+    def _unmap_if_unused(self) -> None:
+        if self._closed and self._mapped and not self._users:
+            self._mapped = False
+            lib.qpc_memory_unmap(self.address, self.length)
+
+    def hold(self) -> None:
+        """Keeps the mapping until ``release``, also where the region is closed before."""
+        with self._lock:
+            if self._closed or not self._mapped:
+                raise UsageError("the region is closed")
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            self._unmap_if_unused()
+
+    @contextmanager
+    def _in_use(self, offset: int, length: int = 8) -> Iterator[int]:
+        """The address of an offset, mapped for as long as this lasts."""
+        address = self.at(offset, length)
+        self.hold()
+        try:
+            yield address
+        finally:
+            self.release()
 
     def __enter__(self) -> Self:
         return self
@@ -109,32 +145,39 @@ class Region:
 
     def load(self, offset: int) -> int:
         """The 8-byte word at this offset."""
-        return int(lib.qpc_memory_load(self.at(offset)))
+        with self._in_use(offset) as address:
+            return int(lib.qpc_memory_load(address))
 
     def store(self, offset: int, value: int) -> None:
-        lib.qpc_memory_store(self.at(offset), value)
+        with self._in_use(offset) as address:
+            lib.qpc_memory_store(address, value)
 
     def fill(self, byte: int, offset: int = 0, length: int | None = None) -> None:
         length = self.length - offset if length is None else length
-        lib.qpc_memory_fill(self.at(offset, length), length, byte)
+        with self._in_use(offset, length) as address:
+            lib.qpc_memory_fill(address, length, byte)
 
     def read(self, offset: int, length: int) -> bytes:
         into = ffi.new("unsigned char[]", length)
-        lib.qpc_memory_read(self.at(offset, length), into, length)
+        with self._in_use(offset, length) as address:
+            lib.qpc_memory_read(address, into, length)
         return bytes(ffi.buffer(into))
 
     def write(self, offset: int, data: bytes) -> None:
-        lib.qpc_memory_write(self.at(offset, len(data)), data, len(data))
+        with self._in_use(offset, len(data)) as address:
+            lib.qpc_memory_write(address, data, len(data))
 
     def first_difference(self, offset: int, expected: bytes) -> int | None:
         """Where the first byte is that is not as expected, from ``offset`` on; None if all are."""
-        found = lib.qpc_memory_compare(self.at(offset, len(expected)), expected, len(expected))
+        with self._in_use(offset, len(expected)) as address:
+            found = lib.qpc_memory_compare(address, expected, len(expected))
         return None if found < 0 else int(found)
 
     def read_by_kernel(self, offset: int, length: int) -> bytes:
         """By process_vm_readv(2); HostError (EFAULT) where the kernel cannot get it."""
         into = ffi.new("unsigned char[]", length)
-        count = lib.qpc_memory_read_by_kernel(self.at(offset, length), into, length)
+        with self._in_use(offset, length) as address:
+            count = lib.qpc_memory_read_by_kernel(address, into, length)
         return bytes(ffi.buffer(into, _checked(count, "process_vm_readv")))
 
     def load_in_child(self, offset: int) -> int:
@@ -142,7 +185,8 @@ class Region:
 
         The call returns when EVENT_FORK, if it is on, has been read.
         """
-        return _checked(lib.qpc_memory_load_in_child(self.at(offset)), "fork")
+        with self._in_use(offset) as address:
+            return _checked(lib.qpc_memory_load_in_child(address), "fork")
 
     def buffer(self, offset: int, length: int) -> Any:
         """A memoryview to hand to system calls (os.readv, os.preadv ...), not to be looked into."""
@@ -153,7 +197,8 @@ class Region:
     def advise(self, advice: int, offset: int = 0, length: int | None = None) -> None:
         """madvise(2) with one of mmap.MADV_*."""
         length = self.length - offset if length is None else length
-        result = lib.qpc_memory_advise(self.at(offset, length), length, advice)
+        with self._in_use(offset, length) as address:
+            result = lib.qpc_memory_advise(address, length, advice)
         _checked(result, f"madvise {advice}")
 
     def remap_onto(self, other: Region) -> None:
@@ -161,7 +206,9 @@ class Region:
         if other.length != self.length:
             raise UsageError("both regions must have one length")
         result = lib.qpc_memory_remap(self.address, self.length, other.address)
-        self._mapped = _checked(result, "mremap") != 0
+        _checked(result, "mremap")
+        with self._lock:
+            self._mapped = False  # what lies there now is the other's
 
     def unmap(self, offset: int, length: int) -> None:
         _checked(lib.qpc_memory_unmap(self.at(offset, length), length), "munmap")
@@ -215,11 +262,14 @@ class Touchers:
         self, region: Region, threads: int, touch: Touch, *, base: int = 0, seed: int = 1
     ) -> None:
         errnum = ffi.new("int *")
+        region.hold()
+        self._region = region
         pages = region.length // region.page_bytes
         self._touchers = lib.qpc_touchers_create(
             region.address, region.page_bytes, pages, threads, touch.value, base, seed, errnum
         )
         if self._touchers == ffi.NULL:
+            # Held for good: those that were started may still run.
             raise HostError(f"no {threads} threads: {os.strerror(errnum[0])}")
         self._joined = False
 
@@ -237,6 +287,8 @@ class Touchers:
         """Whether all of them have come to their end within this time; for one thread to call."""
         if not self._joined:
             self._joined = lib.qpc_touchers_join(self._touchers, int(timeout_seconds * 1000)) == 0
+            if self._joined:
+                self._region.release()
         return self._joined
 
     def __del__(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 from userfaultfd.faulting import PAGE, WAIT_SECONDS, next_fault, page_of, word_of
 
 from qemu_postcopy._native import ffi
-from qemu_postcopy.errors import Outcome, UserfaultfdError
+from qemu_postcopy.errors import Outcome, UsageError, UserfaultfdError
 from qemu_postcopy.region import Region
 from qemu_postcopy.userfaultfd import (
     Feature,
@@ -182,3 +182,21 @@ def test_a_descriptor_that_is_given_away_stays_open() -> None:
         assert taken.read() == []
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_a_region_that_is_closed_stays_until_the_last_thread_has_touched_it(
+    background: Background,
+) -> None:
+    memory = Region.anonymous(PAGE)
+    with Userfaultfd.open() as ours:
+        ours.register(memory.address, PAGE)
+        touched = background(memory.load, 0)
+        next_fault(ours)
+        memory.close()
+        ours.copy(memory.address, page_of(1))
+        assert touched.result(WAIT_SECONDS) == word_of(1)
+        with pytest.raises(UserfaultfdError) as caught:
+            ours.copy(memory.address, page_of(1))
+        assert caught.value.outcome is Outcome.NOT_REGISTERED
+    with pytest.raises(UsageError, match="closed"):
+        memory.load(0)
