@@ -120,6 +120,7 @@ def build_micro_guest(
     *,
     area_bytes: int = 8 << 20,
     ring0_bytes: int = 128 << 10,
+    interrupts: bool = False,
 ) -> MicroGuest:
     """The ROM, from the cache if it was built before from the same sources.
 
@@ -129,6 +130,8 @@ def build_micro_guest(
         area_bytes: verified by ring 3, a multiple of 4096, below 3 GiB.
         ring0_bytes: verified by ring 0, a multiple of 4096, at most 2 MiB; slow where ring 0 is
             emulated.
+        interrupts: ring 3 runs with interrupts on, though none come: KVM then waits for missing
+            pages in a kworker and halts the vCPU (halt variant of asynchronous page faults).
 
     Raises:
         UsageError: a size is out of range.  HostError: no compiler, or not an x86_64 host.
@@ -142,6 +145,7 @@ def build_micro_guest(
             f"the micro guest is not made for {platform.machine()}", hint="use a host of x86_64"
         )
     flags = [*_FLAGS, f"-DAREA_BYTES={area_bytes}UL", f"-DRING0_BYTES={ring0_bytes}UL"]
+    flags.append(f"-DRING3_FLAGS={0x202 if interrupts else 0x2:#x}")
     cache_dir = cache_dir or default_cache_dir()
     final = cache_dir / f"micro-{_recipe_digest(flags)[:16]}"
     if not final.exists():

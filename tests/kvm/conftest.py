@@ -15,10 +15,16 @@ __all__ = ["lab"]
 
 
 @pytest.fixture(scope="session")
-def micro_guest() -> MicroGuest:
-    """The ROM, built on first use; ``needs("cc")`` goes with it."""
+def micro_cache() -> Path | None:
+    """Where ROMs are kept; None for the usual place."""
     cache = os.environ.get("QPC_CACHE")
-    return build_micro_guest(Path(cache) if cache else None)
+    return Path(cache) if cache else None
+
+
+@pytest.fixture(scope="session")
+def micro_guest(micro_cache: Path | None) -> MicroGuest:
+    """The ROM, built on first use; ``needs("cc")`` goes with it."""
+    return build_micro_guest(micro_cache)
 
 
 @pytest.fixture(

@@ -2,7 +2,8 @@
  *
  * Runs from the ROM at 0xffff0000. In RAM below 1 MiB lie the GDT (0x1000; ltr writes to it), TSS
  * (0x1100), IDT (0x2000), page tables (0x10000, 4 GiB one to one, for ring 3 too) and the stacks of
- * ring 0 (below 0x20000) and ring 3 (below 0x30000). Interrupts stay off.
+ * ring 0 (below 0x20000) and ring 3 (below 0x30000). Interrupts are off, or on in ring 3
+ * (RING3_FLAGS) with none coming.
  */
 	.section .text.start, "ax"
 	.code16
@@ -69,7 +70,7 @@ start64:
 	call prepare_ring0
 	pushq $0x2b
 	pushq $0x30000
-	pushq $0x2
+	pushq $RING3_FLAGS
 	pushq $0x33
 	leaq ring3_start(%rip), %rax
 	pushq %rax

@@ -118,6 +118,8 @@ void prepare_ring0(void)
 
 	for (u64 vector = 0; vector < 32; vector++)
 		set_gate(vector, (u64)(vector == 6 ? on_ud2 : on_trouble));
+	out8(0x21, 0xff); /* no interrupts from either PIC */
+	out8(0xa1, 0xff);
 	*(volatile u64 *)0x1104 = 0x20000; /* TSS: stack of ring 0 */
 	__asm__ volatile("lidt %0" : : "m"(idt));
 	__asm__ volatile("ltr %w0" : : "r"(0x38));
