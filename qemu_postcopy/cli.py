@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import click
 
 from qemu_postcopy import __version__
-from qemu_postcopy.errors import PostcopyError, UsageError
+from qemu_postcopy.errors import GuestEndedError, PostcopyError, UsageError
 
 #: Commands that live with what they command: name -> (module, attribute, one line of help).
 ELSEWHERE = {
@@ -215,6 +216,11 @@ SERVING_OPTIONS = [
         help="Record every fault, up to a million, in this new file.",
     ),
     click.option(
+        "--supervise",
+        is_flag=True,
+        help="Start a second process that has another sidecar take over if this one dies.",
+    ),
+    click.option(
         "--chaos",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE",
@@ -313,6 +319,7 @@ def _serve(
         session=SessionOptions(
             chunk_size=rest["chunk"],
             background=rest["background"],
+            paused=rest["paused"],
             background_rate=rest["rate"],
             working_set=rest["working_set"],
             allow_newer_qemu=rest["allow_newer_qemu"],
@@ -324,10 +331,18 @@ def _serve(
     )
     run = RunDirectory.create(options.run_name())
     if rest["foreground"]:
-        status = process.serve(options, run, sys.stderr)
+        if rest["supervise"]:
+            from qemu_postcopy.sidecar import supervisor
+
+            supervisor.start(run)
+        status = process.serve(process.restoring(options, run), sys.stderr)
         run.discard_unused()
         sys.exit(status)
-    sidecar = process.spawn(options, run)
+    sidecar = process.spawn(process.restoring(options, run), run)
+    if rest["supervise"]:
+        from qemu_postcopy.sidecar import supervisor
+
+        supervisor.start(run)
     reached: dict[str, float] = {}
     last: dict[str, Any] = {}
     goal = "end" if rest["wait"] == "complete" else "loaded" if options.paused else "running"
@@ -375,6 +390,98 @@ def _serve(
             f"{reached[goal] * 1000:.0f} ms (PID {result['pid']}, monitor {run.qmp_socket})"
         )
     _show(result, rest["as_json"], text)
+
+
+@commands.command()
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("--all", "everyone", is_flag=True, help="Every guest of yours that waits.")
+@click.option("--foreground", is_flag=True, help="Serve in this process; return when complete.")
+@click.option("--supervise", is_flag=True, help="As with restore.")
+@click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
+def recover(
+    names: tuple[str, ...], everyone: bool, foreground: bool, supervise: bool, as_json: bool
+) -> None:
+    """Serve guests on whose sidecar has died.
+
+    A guest whose sidecar was killed waits for its memory and loses nothing. A new sidecar takes the
+    descriptor that QEMU still holds, and the ledger in the run directory, and serves on. Where the
+    restore had not come so far as a guest, a QEMU of ours is ended, and one of somebody else left
+    as it was found.
+
+    \b
+    Examples:
+      qemu-postcopy recover vm
+      qemu-postcopy recover --all
+    """
+    from qemu_postcopy.recover import needs_sidecar
+    from qemu_postcopy.sidecar import process, supervisor
+    from qemu_postcopy.sidecar.rundir import RunDirectory, list_directories
+
+    if bool(names) == everyone:
+        raise UsageError("name the guests, or give --all", hint="see: qemu-postcopy status")
+    runs = [RunDirectory.find(name) for name in names]
+    if everyone:
+        for run in list_directories():
+            record = run.read_record()
+            if record is not None and needs_sidecar(run, record) and not run.is_served():
+                runs.append(run)
+    if foreground:
+        if len(runs) != 1:
+            raise UsageError("--foreground serves one guest", hint="name it")
+        if supervise:
+            supervisor.start(runs[0])
+        sys.exit(process.serve(process.recovering(runs[0]), sys.stderr))
+    results = []
+    failed: PostcopyError | None = None
+    for run in runs:
+        began = time.monotonic()
+        sidecar = process.spawn(process.recovering(run), run)
+        try:
+            served = 0.0
+            for event in sidecar.events():
+                if event.get("state") == "serving":
+                    served = time.monotonic() - began
+                if event.get("state") == "gone":
+                    raise GuestEndedError(
+                        f"QEMU of {run.name} has ended",
+                        hint="restore its image again, if it was not to end",
+                        vm=run.name,
+                    )
+                if event.get("state") == "running":
+                    break
+        except PostcopyError as error:
+            click.echo(f"{run.name}: {error.message}", err=True)
+            failed = error
+            continue
+        if supervise:
+            supervisor.start(run)
+        results.append(
+            {"name": run.name, "sidecar_pid": sidecar.pid, "seconds": {"serving": served}}
+        )
+    lines = [
+        f"{result['name']} is served again, by PID {result['sidecar_pid']}" for result in results
+    ]
+    _show(results, as_json, "\n".join(lines) or "no guest waits for a sidecar")
+    if failed is not None:
+        raise failed
+
+
+@commands.command()
+@click.argument("name")
+def supervise(name: str) -> None:
+    """Watch over a guest's sidecar until the guest needs none.
+
+    Whenever the sidecar dies, another takes over. Returns when the guest has all of its memory, or
+    has ended. For a service manager: see qemu-postcopy-supervise@.service.
+
+    \b
+    Example:
+      qemu-postcopy supervise vm
+    """
+    from qemu_postcopy.sidecar import supervisor
+    from qemu_postcopy.sidecar.rundir import RunDirectory
+
+    supervisor.supervise(RunDirectory.find(name), lambda text: click.echo(text, err=True))
 
 
 @commands.command()

@@ -86,8 +86,8 @@ async def restore(
 
     image = Image.open(options.image)
     session = Session(image, run, options.session, listener)
-    control = ControlServer(run.control_socket, _handlers(session))
-    with _signals(session):
+    control = ControlServer(run.control_socket, handlers(session))
+    with ending_by_signals(session):
         try:
             if options.verify:
                 await _verify(image)
@@ -101,11 +101,7 @@ async def restore(
             await session.load_device_state()
             if not options.paused:
                 await session.resume()
-            session.start_background()
-            await session.learn_threads()
-            await session.release_monitor()
-            await session.wait_complete()
-            session.detach()
+            await serve_to_the_end(session)
             return session
         except GuestEndedError:
             raise
@@ -123,8 +119,17 @@ async def restore(
             run.release()
 
 
+async def serve_to_the_end(session: Session) -> None:
+    """From the moment when the guest runs until it needs no sidecar any more."""
+    session.start_background()
+    await session.learn_threads()
+    await session.release_monitor()
+    await session.wait_complete()
+    session.detach()
+
+
 @contextmanager
-def _signals(session: Session) -> Iterator[None]:
+def ending_by_signals(session: Session) -> Iterator[None]:
     """SIGTERM and SIGINT end a restore that has no guest yet, and hurry one that has: the rest is
     filled at full speed, then it detaches.  A guest is never abandoned."""
     loop = asyncio.get_running_loop()
@@ -198,7 +203,7 @@ def command_line(manifest: Any, options: RestoreOptions, run: RunDirectory) -> l
     return argv
 
 
-def _handlers(session: Session) -> dict[str, Any]:
+def handlers(session: Session) -> dict[str, Any]:
     async def status(_: dict[str, Any]) -> dict[str, Any]:
         return describe(session)
 

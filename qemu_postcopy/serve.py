@@ -36,7 +36,7 @@ from qemu_postcopy.errors import (
 )
 from qemu_postcopy.image.memory_file import MemoryFile, region_name
 from qemu_postcopy.paging import registration
-from qemu_postcopy.restore import _handlers
+from qemu_postcopy.restore import handlers
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory
@@ -290,7 +290,7 @@ async def serve(
     with ending.on_signals():
         handshake = await _take_handshake(options, memory, listening)
         session = HandoverSession(memory, handshake, run, options.session, listener)
-        control = ControlServer(run.control_socket, _handlers(session))
+        control = ControlServer(run.control_socket, handlers(session))
         try:
             session.take()
             session.attach()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from qemu_postcopy.errors import (
     GuestEndedError,
+    ImageError,
     LaunchError,
     MismatchError,
     PostcopyError,
@@ -35,13 +36,13 @@ from qemu_postcopy.errors import (
     TargetGoneError,
     UsageError,
 )
-from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
+from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord, boot_id
 
 if TYPE_CHECKING:
     from qemu_postcopy.image.image import Image
     from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
     from qemu_postcopy.paging.ledger import Ledger
-    from qemu_postcopy.paging.pager import Pager, Statistics
+    from qemu_postcopy.paging.pager import Pager, PagerBlock, Statistics
     from qemu_postcopy.paging.prefetch import WorkingSet
     from qemu_postcopy.paging.source import Source
     from qemu_postcopy.paging.trace import TraceWriter
@@ -75,7 +76,7 @@ class State(StrEnum):
 ENTRANCES: dict[State, frozenset[State]] = {
     State.FOUND: frozenset({State.NEW}),
     State.ATTACHED: frozenset({State.FOUND}),
-    State.SERVING: frozenset({State.ATTACHED}),
+    State.SERVING: frozenset({State.ATTACHED, State.NEW}),  # NEW: taken over from a dead sidecar
     State.LOADED: frozenset({State.SERVING}),
     State.RUNNING: frozenset({State.LOADED}),
     State.COMPLETE: frozenset({State.LOADED, State.RUNNING}),
@@ -86,6 +87,8 @@ ENTRANCES: dict[State, frozenset[State]] = {
 
 #: How long a guest runs before its first faults are noted.
 WORKING_SET_SECONDS = 1.0
+#: States in which there is a guest to lose.
+GUEST_STATES = (State.LOADED, State.RUNNING, State.COMPLETE)
 #: States that ``session.json`` is written in; the sidecar itself tells of the others.
 RECORDED = frozenset({State.SERVING, State.RUNNING, State.DETACHED, State.FAILED, State.GONE})
 
@@ -112,6 +115,8 @@ class SessionOptions:
     drop_rights: bool = False
     #: file that every fault is recorded in; there must be none yet
     trace: Path | None = None
+    #: the guest stays stopped after its state is loaded (kept for whoever takes over)
+    paused: bool = False
     #: page data fails as this says
     chaos: ChaosSchedule | None = None
 
@@ -191,6 +196,10 @@ class Session:
         self._origins: Origins | None = None
         self._trace: TraceWriter | None = None
         self._resumed = False
+        # Taken over, and not known yet whether there is a guest: then it counts as one.
+        self._unsettled = False
+        self._owned_before = False
+        self._qmp_path: Path = run.qmp_socket
         self._cleanup = contextlib.ExitStack()
 
     # --- the steps -------------------------------------------------------------------------------
@@ -256,6 +265,7 @@ class Session:
 
         self._require(State.FOUND)
         self._qmp = await Qmp.connect(qmp_path)
+        self._qmp_path = Path.cwd() / qmp_path
         self.identity = ProcessIdentity.open(self._qmp.peer_pid())
         self._cleanup.callback(self.identity.close)
         self.identity.require_qemu()
@@ -289,50 +299,104 @@ class Session:
             AttachError: a page is there already, or another userfaultfd has the memory.
         """
         from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
-        from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager, PagerBlock
         from qemu_postcopy.vm.attach import drop_ptrace_rights
 
         self._require(State.SERVING)
-        blocks = [
-            PagerBlock(
-                block.name,
-                block.address,
-                block.size_bytes,
-                block.page_size_bytes,
-                *self._page_data(block.name, block.page_size_bytes),
-            )
-            for block in self._layout
-        ]
+        blocks = self._pager_blocks()
         self._ledger = Ledger.create(
             self.run.ledger, [LedgerBlock(b.name, b.page_size, b.length) for b in blocks]
         )
         self._cleanup.callback(self._ledger.close)
-        options = self.options
-        if options.trace is not None:
-            self._open_trace(options.trace)
-        spin = options.spin_limit_us
-        self.pager = Pager(
-            self._userfaultfd,
-            blocks,
-            self._ledger,
-            chunk_size=options.chunk_size or self.image.manifest.chunk_size_bytes,
-            # Nothing is filled ahead before the guest runs: loading the device state comes first.
-            background=False,
-            background_rate=options.background_rate,
-            spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
-            note_first_faults=options.uses_working_set() and self._working_set is None,
-        )
-        self._cleanup.callback(self.pager.close)
+        if self.options.trace is not None:
+            self._open_trace(self.options.trace)
+        noting = self.options.uses_working_set() and self._working_set is None
+        pager = self._make_pager(blocks, note_first_faults=noting)
         if self._working_set is not None:
-            self.pager.prefetch(self._working_set.pages(blocks))
+            pager.prefetch(self._working_set.pages(blocks))
         if self._trace is not None:
-            self.pager.record(self._trace)
+            pager.record(self._trace)
         self._register()
         # Before the pager's thread: each thread has rights of its own.
         if self.options.drop_rights:
             drop_ptrace_rights()
-        self.pager.start()
+        self._started_pager().start()
         self._enter(State.SERVING)
+
+    def take_over(self, record: SessionRecord) -> None:
+        """Serves on a guest whose sidecar has died; all that was registered still is.
+
+        What is present the kernel says itself (EEXIST to the COPY of a page that is there), what
+        the guest gave back the ledger knows.  Threads that wait are woken once and fault anew.
+        Whether there is a guest yet is for :meth:`settle` to find out.
+
+        Raises:
+            TargetGoneError: QEMU has ended.
+            AttachError: the descriptor is not there, or rights are missing.
+            ImageError: the image is another one now, or the ledger is damaged; the guest waits on.
+        """
+        from qemu_postcopy.paging import registration
+        from qemu_postcopy.paging.ledger import Ledger
+        from qemu_postcopy.vm.attach import drop_ptrace_rights, take_left_userfaultfd
+        from qemu_postcopy.vm.layout import RamBlock
+        from qemu_postcopy.vm.process import ProcessIdentity
+
+        self._require(State.SERVING)
+        self._unsettled = True
+        if record.image_key != self.image.manifest.state.sha256:
+            raise ImageError(
+                f"{self.image.path} is not the image that this guest was restored from",
+                hint="put that image back: the guest waits until then",
+            )
+        self.identity = ProcessIdentity.open(record.pid, record.start_time)
+        self._cleanup.callback(self.identity.close)
+        self.launched_ns, self._owned_before = record.launched_ns, record.owned
+        self._qmp_path = Path(record.qmp)
+        self._layout = [
+            RamBlock(**{**block, "file_key": tuple(block["file_key"] or ()) or None})
+            for block in record.blocks
+        ]
+        self._keep_userfaultfd(take_left_userfaultfd(self.identity, record.userfaultfd))
+        self._ledger = Ledger.open(self.run.ledger)
+        self._cleanup.callback(self._ledger.close)
+        pager = self._make_pager(self._pager_blocks())
+        if self.options.drop_rights:
+            drop_ptrace_rights()
+        pager.start()
+        for block in self._layout:
+            registration.wake(self._userfaultfd, block.address, block.size_bytes)
+        # session.json keeps the state that it has: it says how far the dead sidecar had come.
+        self.state = State.SERVING
+        self.run.update_record(sidecar_pid=os.getpid())
+        if self._listener is not None:
+            self._listener(StateChange(self.state, time.monotonic() - self._began))
+
+    async def settle(self, record: SessionRecord) -> None:
+        """After :meth:`take_over`: goes on to the state in which there is a guest.
+
+        Raises:
+            StateError: none ever came to be: the device state was not loaded.  Nothing is lost.
+        """
+        from qemu_postcopy.vm import migration
+        from qemu_postcopy.vm.qmp import Qmp
+
+        if record.state not in GUEST_STATES:
+            # QEMU answers when it has loaded what it was given, which our serving lets it do.
+            self._qmp = await Qmp.connect(self._qmp_path, timeout=migration.LOAD_SECONDS)
+            if not await migration.has_loaded(self._qmp):
+                self._unsettled = False
+                raise StateError(
+                    f"the restore of {self.run.name} had not come so far as a guest",
+                    hint="nothing is lost: restore it again",
+                )
+            self._enter(State.LOADED)
+            if not self.options.paused:
+                await self.resume()
+                self._unsettled = False
+                return
+        else:
+            self._enter(State.LOADED)
+        self._enter(State.RUNNING)
+        self._unsettled = False
 
     async def load_device_state(self) -> None:
         """Lets QEMU load everything but the memory.
@@ -380,7 +444,7 @@ class Session:
 
     def has_guest(self) -> bool:
         """True while there is a guest that depends on this session."""
-        return self.state in (State.LOADED, State.RUNNING, State.COMPLETE)
+        return self._unsettled or self.state in GUEST_STATES
 
     def fill_at_full_speed(self) -> None:
         """Fills the rest now, whatever the options say."""
@@ -476,7 +540,7 @@ class Session:
     async def close(self) -> None:
         """Frees what this process holds.  A guest that exists is not touched: while data is
         missing it waits for a sidecar.  A QEMU of ours without a guest in it is ended."""
-        without_guest = self.state in ENTRANCES[State.FAILED]
+        without_guest = not self._unsettled and self.state in ENTRANCES[State.FAILED]
         if without_guest:
             self._enter(State.FAILED)
         try:
@@ -484,6 +548,8 @@ class Session:
         finally:
             if without_guest and self._owned is not None:
                 self._owned.kill()
+            elif without_guest and self._owned_before and self.identity is not None:
+                self.identity.kill()
             elif without_guest:
                 self._unregister_empty()
             self._cleanup.close()
@@ -571,14 +637,18 @@ class Session:
         self._require(state)
         self.state = state
         elapsed = time.monotonic() - self._began
-        if state in RECORDED:
-            try:
-                self._record()
-            except OSError as error:
-                # No reason to give up a guest, nor to leave one's QEMU behind.
-                log.warning("session.json in %s cannot be written: %s", self.run.path, error)
+        # A QEMU of somebody else is to be left as it was found, so its descriptor must be known.
+        if state in RECORDED or (state is State.ATTACHED and self._owned is None):
+            self._try_record()
         if self._listener is not None:
             self._listener(StateChange(state, elapsed))
+
+    def _try_record(self) -> None:
+        try:
+            self._record()
+        except OSError as error:
+            # No reason to give up a guest, nor to leave one's QEMU behind.
+            log.warning("session.json in %s cannot be written: %s", self.run.path, error)
 
     def _record(self) -> None:
         identity = self.identity
@@ -593,15 +663,14 @@ class Session:
                 attached_by=self.attached_by,
                 userfaultfd=self._userfaultfd_number,
                 chunk_size=self.options.chunk_size or self.image.manifest.chunk_size_bytes,
-                blocks=[
-                    {
-                        "name": block.name,
-                        "address": block.address,
-                        "length": block.size_bytes,
-                        "page_size": block.page_size_bytes,
-                    }
-                    for block in self._layout
-                ],
+                boot_id=boot_id(),
+                image_key=self.image.manifest.state.sha256,
+                owned=self._owned is not None or self._owned_before,
+                qmp=str(self._qmp_path),
+                paused=self.options.paused,
+                background=self.options.background,
+                background_rate=self.options.background_rate,
+                blocks=[asdict(block) for block in self._layout],
                 statistics=asdict(self.pager.statistics()) if self.pager else {},
                 # Before that they are asked for, and the guest's first instruction is waited for.
                 origins=self.origins() if self.state in (State.DETACHED, State.GONE) else {},
@@ -650,9 +719,45 @@ class Session:
         from qemu_postcopy.vm.migration import LOAD_QUESTIONS
 
         assert self._owned is not None
+        # From here on there is a QEMU; whoever comes after us must be able to end it.
+        self._try_record()
         self._prepare()
         self._owned.ask_ahead((*QUESTIONS, *LOAD_QUESTIONS), self._device_state)
         self._qmp = await self._owned.connect()
+
+    def _pager_blocks(self) -> list[PagerBlock]:
+        from qemu_postcopy.paging.pager import PagerBlock
+
+        return [
+            PagerBlock(
+                block.name,
+                block.address,
+                block.size_bytes,
+                block.page_size_bytes,
+                *self._page_data(block.name, block.page_size_bytes),
+            )
+            for block in self._layout
+        ]
+
+    def _make_pager(self, blocks: list[PagerBlock], *, note_first_faults: bool = False) -> Pager:
+        from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager
+
+        assert self._ledger is not None
+        options = self.options
+        spin = options.spin_limit_us
+        self.pager = Pager(
+            self._userfaultfd,
+            blocks,
+            self._ledger,
+            chunk_size=options.chunk_size or self.image.manifest.chunk_size_bytes,
+            # Nothing is filled ahead before the guest runs: loading the device state comes first.
+            background=False,
+            background_rate=options.background_rate,
+            spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
+            note_first_faults=note_first_faults,
+        )
+        self._cleanup.callback(self.pager.close)
+        return self.pager
 
     def _register(self) -> None:
         """Puts all memory under the userfaultfd, and makes sure that none of it is filled."""

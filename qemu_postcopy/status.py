@@ -16,6 +16,8 @@ from qemu_postcopy.sidecar.rundir import RunDirectory, list_directories
 WATCH_SECONDS = 0.5
 #: States in which a guest depends on its sidecar.
 DEPENDENT = ("serving", "loaded", "running", "complete")
+#: States in which a restore has a QEMU but no guest.
+UNBORN = ("new", "found", "attached")
 
 
 def collect(name: str | None = None) -> list[dict[str, Any]]:
@@ -49,12 +51,20 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
     }
     if not directory.guest_alive(record):
         return {**entry, "state": "ended" if record.pid else record.state}
+    if record.state in UNBORN and not directory.is_served():
+        trouble = (
+            f"its restore died before there was a guest: qemu-postcopy recover {entry['name']}"
+        )
+        return {**entry, "state": "waiting", "trouble": trouble}
     if record.state not in DEPENDENT:
         return entry
     try:
         answer = ask(directory.control_socket, "status")
     except SidecarError as error:
-        trouble = f"its sidecar does not answer, so the guest waits: {error.message}"
+        trouble = (
+            f"its sidecar does not answer, so the guest waits: {error.message}; "
+            f"qemu-postcopy recover {directory.name} starts another"
+        )
         return {**entry, "state": "waiting", "trouble": trouble}
     return {key: answer.get(key, entry[key]) for key in entry}
 

@@ -12,14 +12,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from qemu_postcopy import errors
 from qemu_postcopy.restore import RestoreOptions, describe, restore
-from qemu_postcopy.session import StateChange
+from qemu_postcopy.session import Session, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,23 @@ def _error_from(event: dict[str, Any]) -> errors.PostcopyError:
     return error
 
 
-def spawn(options: RestoreOptions, run: RunDirectory) -> Sidecar:
+Job = Callable[[Callable[[StateChange], None]], Coroutine[Any, Any, Session]]
+
+
+def restoring(options: RestoreOptions, run: RunDirectory) -> Job:
+    """The job of a sidecar that restores; rights that it needs no more are dropped for good."""
+    own = replace(options, session=replace(options.session, drop_rights=True))
+    return lambda listener: restore(own, run, listener)
+
+
+def recovering(run: RunDirectory) -> Job:
+    """The job of a sidecar that takes over from a dead one."""
+    from qemu_postcopy.recover import recover
+
+    return lambda listener: recover(run, listener, drop_rights=True)
+
+
+def spawn(job: Job, run: RunDirectory) -> Sidecar:
     """Forks the sidecar.  Only for a process with a single thread, and no event loop running.
 
     Another program starts ``qemu-postcopy restore`` as a command, or awaits
@@ -82,14 +98,14 @@ def spawn(options: RestoreOptions, run: RunDirectory) -> Sidecar:
         output = os.open(run.sidecar_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for source, target in ((null, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
-        status = serve(options, run, os.fdopen(write_end, "w", buffering=1))
+        status = serve(job, os.fdopen(write_end, "w", buffering=1))
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
-def serve(options: RestoreOptions, run: RunDirectory, reports: IO[str]) -> int:
-    """Restores and serves in this process; returns the exit status."""
+def serve(job: Job, reports: IO[str]) -> int:
+    """Does the job in this process; returns the exit status."""
 
     def report(event: str, **details: Any) -> None:
         with suppress(OSError, ValueError):  # nobody listens any more
@@ -100,8 +116,7 @@ def serve(options: RestoreOptions, run: RunDirectory, reports: IO[str]) -> int:
         report("state", state=str(change.state), elapsed=change.elapsed)
 
     try:
-        own = replace(options, session=replace(options.session, drop_rights=True))
-        session = asyncio.run(restore(own, run, changed))
+        session = asyncio.run(job(changed))
     except errors.GuestEndedError as error:
         log.warning("%s", error.message)
         report("end", state="gone")

@@ -28,6 +28,11 @@ from qemu_postcopy.errors import (
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
 
+def boot_id() -> str:
+    """A number of this boot of the host (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def base_directory() -> Path:
     """``$QEMU_POSTCOPY_RUN_DIR``, else /run/qemu-postcopy for root and the user's runtime directory
     otherwise.  Short, because a UNIX socket's path holds 107 bytes."""
@@ -61,6 +66,18 @@ class SessionRecord:
     attached_by: str = ""
     userfaultfd: int = -1
     chunk_size: int = 0
+    #: of the kernel that ran then: after a reboot a PID and start time can come again
+    boot_id: str = ""
+    #: SHA-256 of the image's device state: which image it was, wherever that path leads now
+    image_key: str = ""
+    #: whether QEMU was launched for this guest, and is nobody else's
+    owned: bool = False
+    #: the monitor by which the guest can be asked and continued
+    qmp: str = ""
+    #: whether the guest was to stay stopped after its state was loaded
+    paused: bool = False
+    background: bool = True
+    background_rate: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, Any] = field(default_factory=dict)
@@ -155,6 +172,31 @@ class RunDirectory:
                 hint="choose another name by --name, or see: qemu-postcopy status",
             ) from None
 
+    def lock(self) -> None:
+        """Makes this process the one that serves the guest.
+
+        Raises:
+            StateError: another one does, or is restoring it.
+        """
+        self._take_lock()
+
+    def wait_unserved(self) -> None:
+        """Returns when nobody restores or serves the guest; this process then has the lock."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._lock = descriptor
+
+    def is_served(self) -> bool:
+        """Whether a process holds the lock now."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     def release(self) -> None:
         """Lets others restore under this name again, once its guest has ended."""
         if self._lock >= 0:
@@ -215,6 +257,8 @@ class RunDirectory:
         """True while the very process of the record lives (a reused PID is another process)."""
         from qemu_postcopy.vm.process import ProcessIdentity
 
+        if record.boot_id and record.boot_id != boot_id():
+            return False
         try:
             ProcessIdentity.open(record.pid, record.start_time).close()
         except PostcopyError:

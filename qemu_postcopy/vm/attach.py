@@ -29,6 +29,7 @@ DEVICE = Path("/dev/userfaultfd")
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 CAP_SYS_PTRACE = 19
+USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
 
 # Named threads (QEMU names them from 9.1 on, before that with `-name debug-threads=on`): first
 # those that do no guest work, last the vCPUs.
@@ -127,6 +128,38 @@ def take_userfaultfd(identity: ProcessIdentity) -> TakenDescriptor:
         wait_ns=injection.wait_ns,
         stop_ns=injection.stop_ns,
     )
+
+
+def take_left_userfaultfd(identity: ProcessIdentity, number: int) -> TakenDescriptor:
+    """A copy of the userfaultfd that an earlier attach left open in QEMU as ``number``.
+
+    No thread is stopped: one that waits for its page could not be.
+
+    Raises:
+        TargetGoneError: the process has ended.
+        AttachError: it has no such descriptor, or a right is missing.
+    """
+    identity.require_qemu()
+    error = new_error()
+    try:
+        descriptor = check(lib.qpc_fd_take(identity.pidfd, number, error), error)
+    except TargetGoneError:
+        raise
+    except PostcopyError as failure:
+        raise AttachError(
+            f"descriptor {number} of QEMU (PID {identity.pid}) cannot be taken: {failure.message}",
+            hint=_ptrace_hint(identity),
+            vm=identity.pid,
+        ) from failure
+    kind = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    if kind != USERFAULTFD_LINK:
+        os.close(descriptor)
+        raise AttachError(
+            f"descriptor {number} of QEMU (PID {identity.pid}) is {kind}, not a userfaultfd",
+            hint="session.json in the run directory does not fit this process; do not serve it.",
+            vm=identity.pid,
+        )
+    return TakenDescriptor(descriptor, number, tid=0, wait_ns=0, stop_ns=0)
 
 
 # injection is a cffi struct, which has no type of its own

@@ -38,6 +38,7 @@ NO_BANDWIDTH_LIMIT = 1 << 40
 #: QEMU's own upper bound of downtime-limit: 2000 seconds.
 LONGEST_DOWNTIME_MS = 2_000_000
 LOAD_SECONDS = 120.0
+NOT_BEGUN_SECONDS = 1.0
 DESCRIPTOR_NAME = "qpc"
 EVENTS_ON = {"capabilities": [{"capability": "events", "state": True}]}
 #: What :func:`load` sends before its command, to be asked ahead with the descriptor.
@@ -180,6 +181,20 @@ async def progress_of(qmp: Qmp) -> tuple[int, int]:
         return 0, 0
     total = int(ram.get("total", 0))
     return total - int(ram.get("remaining", 0)), total
+
+
+async def has_loaded(qmp: Qmp) -> bool:
+    """Whether a QEMU that was told to load a state by somebody who died since has done so.
+
+    A command that it has received and not begun yet shows within NOT_BEGUN_SECONDS.
+    """
+    deadline = asyncio.get_running_loop().time() + NOT_BEGUN_SECONDS
+    while await qmp.status() == "inmigrate":
+        begun = (await qmp.execute("query-migrate")).get("status") not in (None, "none")
+        if not begun and asyncio.get_running_loop().time() > deadline:
+            return False
+        await asyncio.sleep(0.02)  # QEMU without the capability `events` tells nobody
+    return True
 
 
 async def let_run(qmp: Qmp) -> None:

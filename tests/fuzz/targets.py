@@ -23,7 +23,7 @@ from qemu_postcopy.errors import HandshakeError, ImageError, PostcopyError
 from qemu_postcopy.image.manifest import parse_manifest
 from qemu_postcopy.image.stream import Demultiplexer, read_summary
 from qemu_postcopy.paging.ledger import Ledger
-from qemu_postcopy.restore import _handlers
+from qemu_postcopy.restore import handlers
 from qemu_postcopy.sidecar.control import LONGEST_LINE, ControlServer
 from qemu_postcopy.vm.handshake import HandshakeReader, Region
 
@@ -86,7 +86,7 @@ class _Writer:
 def control(data: bytes) -> None:
     """Each line that is not too long gets one line of JSON for an answer."""
     session = SimpleNamespace(pager=_Pager())
-    background = _handlers(cast(Any, session))["background"]
+    background = handlers(cast(Any, session))["background"]
     server = ControlServer(Path("unused"), {"background": background})
     writer = _Writer()
 

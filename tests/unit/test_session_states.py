@@ -31,7 +31,8 @@ STEPS: dict[str, tuple[Callable[[Session], Any], State]] = {
 
 @pytest.fixture
 def session(run_dir: Path) -> Session:
-    image = SimpleNamespace(path=Path("/image"), manifest=SimpleNamespace(chunk_size_bytes=65536))
+    manifest = SimpleNamespace(chunk_size_bytes=65536, state=SimpleNamespace(sha256="0" * 64))
+    image = SimpleNamespace(path=Path("/image"), manifest=manifest)
     run = RunDirectory.create("s", run_dir / "run")
     return Session(cast(Image, image), run, SessionOptions())
 

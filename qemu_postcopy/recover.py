@@ -1,0 +1,152 @@
+"""The job "recover": a guest whose sidecar has died is served on.
+
+    read session.json -> take the lock -> take the descriptor that QEMU holds -> serve, wake
+    -> find out how far the restore had come -> fill in the background -> complete -> detach
+
+Nothing is asked of QEMU before its memory is served: a main loop that waits for a page answers
+nobody.  Like :func:`qemu_postcopy.restore.restore` this is the whole life of a sidecar and runs in
+the event loop of whoever serves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from qemu_postcopy.errors import (
+    AttachError,
+    GuestEndedError,
+    PostcopyError,
+    StateError,
+    TargetGoneError,
+)
+from qemu_postcopy.restore import ending_by_signals, handlers, serve_to_the_end
+from qemu_postcopy.session import Session, SessionOptions, State, StateChange
+from qemu_postcopy.sidecar.control import ControlServer
+from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
+
+log = logging.getLogger(__name__)
+
+#: Recorded states in which nobody needs a sidecar.
+OVER = (State.DETACHED, State.FAILED, State.GONE)
+#: Recorded states in which memory was not registered yet, so that there cannot be a guest.
+BEFORE_SERVING = (State.NEW, State.FOUND, State.ATTACHED)
+
+
+def needs_sidecar(run: RunDirectory, record: SessionRecord) -> bool:
+    """Whether the guest of that record lives and depends on being served."""
+    return record.state not in OVER and run.guest_alive(record)
+
+
+async def recover(
+    run: RunDirectory,
+    listener: Callable[[StateChange], None] | None = None,
+    *,
+    drop_rights: bool = False,
+) -> Session:
+    """Takes over from a dead sidecar and serves until the guest has all of its memory.
+
+    Raises:
+        StateError: a sidecar lives; or none is needed; or the restore had not come so far as a
+            guest (a QEMU of ours was ended then, somebody else's left as it was found).
+        GuestEndedError: QEMU has ended.
+        PostcopyError: it cannot be taken over now; the guest waits on, nothing is lost.
+    """
+    from qemu_postcopy.image.image import Image
+
+    record = run.read_record()
+    assert record is not None
+    run.lock()
+    try:
+        _require_recoverable(run, record)
+        options = SessionOptions(
+            chunk_size=record.chunk_size or None,
+            background=record.background,
+            background_rate=record.background_rate,
+            paused=record.paused,
+            working_set=False,
+            drop_rights=drop_rights,
+        )
+        session = Session(Image.open(Path(record.image)), run, options, listener)
+        session.attached_by = record.attached_by
+        # A sidecar that was killed has left its socket behind; the lock says that it is gone.
+        run.control_socket.unlink(missing_ok=True)
+        control = ControlServer(run.control_socket, handlers(session))
+        with ending_by_signals(session):
+            try:
+                session.take_over(record)
+                await control.start()
+                await session.settle(record)
+                await serve_to_the_end(session)
+                return session
+            except GuestEndedError:
+                raise
+            except TargetGoneError as error:
+                run.update_record(state=str(State.GONE))
+                raise GuestEndedError("QEMU has ended", vm=run.name) from error
+            except Exception:
+                if not session.has_guest() or session.state is State.NEW:
+                    raise
+                log.exception("the control plane failed; the guest is served on without it")
+                session.start_background()
+                await session.wait_gone()
+                raise GuestEndedError("QEMU has ended", vm=run.name) from None
+            finally:
+                await control.close()
+                await session.close()
+    finally:
+        run.release()
+
+
+def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
+    if record.state in OVER:
+        raise StateError(
+            f"{run.name} is {record.state}: it needs no sidecar",
+            hint="see: qemu-postcopy status",
+        )
+    if not run.guest_alive(record):
+        run.update_record(state=str(State.GONE))
+        raise GuestEndedError(f"QEMU of {run.name} (PID {record.pid}) has ended", vm=run.name)
+    if record.state in BEFORE_SERVING:
+        _leave_without_guest(record)
+        run.update_record(state=str(State.FAILED))
+        raise StateError(
+            f"the restore of {run.name} had not come so far as a guest"
+            + ("; its QEMU was ended" if record.owned else ""),
+            hint="nothing is lost: restore it again",
+        )
+    if record.userfaultfd < 0:
+        raise StateError(
+            f"{run.name} handed its userfaultfd over itself: only its VMM can do so again",
+            hint="end that VMM, and resume it from the same image",
+        )
+
+
+def _leave_without_guest(record: SessionRecord) -> None:
+    """Ends a QEMU of ours; somebody else's goes on waiting, with its memory free again."""
+    import os
+
+    from qemu_postcopy.paging import registration
+    from qemu_postcopy.vm.attach import take_left_userfaultfd
+    from qemu_postcopy.vm.process import ProcessIdentity
+
+    with ProcessIdentity.open(record.pid, record.start_time) as identity:
+        if record.owned:
+            identity.kill()
+            return
+        if record.userfaultfd < 0:
+            return
+        try:
+            taken = take_left_userfaultfd(identity, record.userfaultfd)
+        except AttachError as error:
+            log.warning("QEMU's memory stays as it is: %s", error.message)
+            return
+        try:
+            for block in record.blocks:
+                try:
+                    registration.unregister(taken.descriptor, block["address"], block["size_bytes"])
+                except PostcopyError as error:
+                    log.info("block %s was not registered: %s", block["name"], error.message)
+        finally:
+            os.close(taken.descriptor)

@@ -1,0 +1,72 @@
+"""Watching over a sidecar: when it dies and its guest needs one, another takes over.
+
+The supervisor sleeps on the lock of the run directory, which the kernel lets go of when the sidecar
+ends, however it ends.  It holds no data of the guest; if it is killed itself, the guest is as well
+off as without one, and ``qemu-postcopy supervise`` starts another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from qemu_postcopy.errors import PostcopyError
+from qemu_postcopy.recover import needs_sidecar
+from qemu_postcopy.sidecar.process import recovering, spawn
+from qemu_postcopy.sidecar.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+#: Between two attempts that failed: the guest waits meanwhile, and `status` says why.
+FIRST_PAUSE_SECONDS = 0.1
+LAST_PAUSE_SECONDS = 30.0
+
+
+def supervise(run: RunDirectory, said: Callable[[str], None] = log.warning) -> None:
+    """Returns when the guest needs no sidecar any more: it has all of its memory, or has ended."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        run.wait_unserved()
+        record = run.read_record()
+        if record is None or not needs_sidecar(run, record):
+            run.release()
+            return
+        said(f"the sidecar of {run.name} has died (PID {record.sidecar_pid}): taking over")
+        run.release()
+        try:
+            sidecar = spawn(recovering(run), run)
+            for event in sidecar.events():
+                if event.get("state") in ("running", "gone"):
+                    pause = FIRST_PAUSE_SECONDS
+                    said(f"{run.name} is served by PID {sidecar.pid}")
+                    break
+            sidecar.reports.close()
+        except PostcopyError as error:
+            said(f"{run.name} cannot be taken over: {error.message}")
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_SECONDS)
+        with suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+
+
+def start(run: RunDirectory) -> int:
+    """Forks a supervisor that outlives its caller's terminal; returns its PID.
+
+    Only for a process with a single thread, and no event loop running.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        run.release()
+        null = os.open("/dev/null", os.O_RDWR)
+        output = os.open(run.sidecar_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for source, target in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        supervise(run)
+    finally:
+        os._exit(0)
