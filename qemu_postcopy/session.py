@@ -432,8 +432,12 @@ class Session:
         self._enter(State.RUNNING)
 
     async def learn_threads(self) -> None:
-        """Asks QEMU who its threads are, for :meth:`origins`; lacking answers cost nothing."""
-        assert self._qmp is not None
+        """Asks QEMU who its threads are, for :meth:`origins`; lacking answers cost nothing.
+
+        A guest that was taken over is not asked: its monitor is its operators'.
+        """
+        if self._qmp is None:
+            return
         origins = self._known_origins()
         if origins is None:
             return
