@@ -120,7 +120,7 @@ def commands(verbose: int, log_json: bool) -> None:
     logging.getLogger("qemu_postcopy").setLevel(level)
 
 
-def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+def _show(result: Any, as_json: bool, text: str) -> None:
     click.echo(json.dumps(result, indent=2) if as_json else text)
 
 
