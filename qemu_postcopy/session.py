@@ -422,12 +422,26 @@ class Session:
         self._enter(State.LOADED)
 
     async def resume(self) -> None:
-        """Lets the guest run, if QEMU has not done so by itself (without -S)."""
+        """Lets the guest run, if QEMU has not done so by itself (without -S).
+
+        Raises:
+            MismatchError: another process holds a disk.  The guest has not run, so a QEMU of our
+                own is ended and nothing is lost; somebody else's stays, and is served: its
+                operator may let the guest run when the disk is free.
+        """
         from qemu_postcopy.vm import migration
 
         self._require(State.RUNNING)
         assert self._qmp is not None
-        await migration.let_run(self._qmp)
+        try:
+            await migration.let_run(self._qmp)
+        except migration.DiskHeldError as error:
+            reason = error.message
+            if self._owned is not None:
+                reason = migration.lock_report(self._owned.output()) or reason
+                self._owned.kill()
+                self._enter(State.GONE)
+            raise MismatchError(f"the guest cannot start: {reason}", hint=error.hint) from error
         self._resumed = True
         self._enter(State.RUNNING)
 

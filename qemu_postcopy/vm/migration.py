@@ -12,7 +12,7 @@ import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from qemu_postcopy.errors import QmpError, StateError
+from qemu_postcopy.errors import MismatchError, QmpError, StateError
 from qemu_postcopy.vm.opening import Question
 from qemu_postcopy.vm.qmp import CommandError, Listener, Message, Qmp
 
@@ -47,6 +47,32 @@ LOAD_QUESTIONS: tuple[Question, ...] = (
     ("getfd", {"fdname": DESCRIPTOR_NAME}),
 )
 ENDED = ("completed", "failed", "cancelled")
+
+
+#: QEMU's words (block/file-posix.c) for an image file that another process has open: 'Failed to get
+#: "write" lock'. A disk of an incoming QEMU is inactive: it is locked only when the load ends.
+LOCK_WORDS = ("Failed to get", "lock")
+
+
+class DiskHeldError(MismatchError):
+    """Another process holds a disk: the state is loaded, and the guest has not run."""
+
+
+def lock_report(output: str) -> str:
+    """What QEMU wrote of a lock that it did not get, and of which file; empty: nothing."""
+    lines = output.splitlines()
+    for number, line in enumerate(lines):
+        if all(word in line for word in LOCK_WORDS):
+            # The file's name is in QEMU's own hint, the line after.
+            return "\n".join(lines[number : number + 2])
+    return ""
+
+
+def _disk_held(reason: str) -> DiskHeldError:
+    return DiskHeldError(
+        reason,
+        hint="stop the other guest, or give this one a copy of the disk: restore IMAGE -- QEMU...",
+    )
 
 
 def _status(event: Message) -> str:
@@ -201,11 +227,23 @@ async def let_run(qmp: Qmp) -> None:
     """Lets the guest go on after a migration that completed or failed.
 
     Raises:
+        DiskHeldError: another process holds a disk.
         StateError: it cannot (shut down, crashed, waiting for a migration).
     """
     status = await qmp.status()
     if status == "running":
         return
+    if status == "inmigrate":
+        # QEMU 10 stays so after a completed load if it could not get its disks.
+        info = await qmp.execute("query-migrate")
+        if info.get("status") == "completed":
+            raise _disk_held("its state is loaded, but QEMU stays in inmigrate (its log says why)")
     if status in ("shutdown", "guest-panicked", "internal-error", "inmigrate"):
         raise StateError(f"the guest cannot run on: it is {status}")
-    await qmp.execute("cont")
+    try:
+        await qmp.execute("cont")
+    except CommandError as error:
+        # QEMU 7.2 is `paused` then, and tries again at each `cont`.
+        if all(word in error.message for word in LOCK_WORDS):
+            raise _disk_held(error.message) from error
+        raise
