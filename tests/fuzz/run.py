@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def fuzz_here(target: str, arguments: list[str]) -> None:
     with atheris.instrument_imports(include=["qemu_postcopy"]):
         from fuzz.targets import TARGETS
 
-    atheris.Setup([target, *arguments], TARGETS[target])
+    # A merge starts its program anew by a shell: argv[0] is all of the command.
+    again = shlex.join([sys.executable, str(Path(__file__)), "--here", target])
+    atheris.Setup([again, *arguments], TARGETS[target])
     atheris.Fuzz()
 
 
