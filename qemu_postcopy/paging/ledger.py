@@ -107,11 +107,14 @@ class Ledger:
         Raises:
             ImageError: it is not a ledger, or is damaged.
         """
-        with path.open("r+b") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < HEADER.size:
-                raise _damaged(path, "too short")
-            mapping = mmap.mmap(file.fileno(), size)
+        try:
+            with path.open("r+b") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < HEADER.size:
+                    raise _damaged(path, "too short")
+                mapping = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise _damaged(path, error.strerror or str(error)) from error
         magic, count = HEADER.unpack_from(mapping, 0)
         if magic != MAGIC or count > MOST_BLOCKS or _journal_offset(count) + JOURNAL_BYTES > size:
             raise _damaged(path, "bad header")

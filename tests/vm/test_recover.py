@@ -215,6 +215,8 @@ def test_without_its_ledger_or_image_a_guest_waits_and_is_not_guessed_at(
     good = ledger.read_bytes()
     ledger.write_bytes(good[:100])
     refused("recover", guest.name, status=4, words=["ledger"])
+    ledger.unlink()
+    refused("recover", guest.name, status=4, words=["ledger", "No such file"])
     ledger.write_bytes(good)
     record = RunDirectory(guest.directory).read_record()
     assert record is not None
