@@ -103,3 +103,5 @@ def test_vcpu_that_kvm_halts_for_a_kworkers_fault_goes_on_with_every_word_intact
     send(guest.sidecar, signal.SIGCONT)
     wait_whole_passes(guest, 2)
     assert passes(guest)
+    # Its faults are told apart from those that the vCPU itself waited for.
+    assert guest.status()["origins"]["async page fault"]["faults"] > 0
