@@ -689,7 +689,10 @@ class Session:
                 background=self.options.background,
                 background_rate=self.options.background_rate,
                 blocks=[asdict(block) for block in self._layout],
-                statistics=asdict(self.pager.statistics()) if self.pager else {},
+                # Nothing is counted when serving begins, and the guest waits for this file.
+                statistics={}
+                if self.pager is None or self.state is State.SERVING
+                else asdict(self.pager.statistics()),
                 # Before that they are asked for, and the guest's first instruction is waited for.
                 origins=self.origins() if self.state in (State.DETACHED, State.GONE) else {},
             )
