@@ -35,8 +35,8 @@ def test_guest_waits_while_data_is_missing_and_is_intact_when_it_is_back(
     os.truncate(page_file, kept_bytes)
     if background:
         cli("fill", guest.name)
-    # The virtual CPU may hold QEMU's lock when it meets its first missing page (an interrupt that is
-    # delivered does): then the answer comes when the data does.
+    # The virtual CPU may hold QEMU's lock when it meets its first missing page (delivering an
+    # interrupt it does): then the answer comes when the data does.
     cont = threading.Thread(target=guest.ask, args=("cont",))
     cont.start()
     said = wait_until(lambda: guest.status()["trouble"], "the trouble is reported")
