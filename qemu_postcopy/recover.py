@@ -10,8 +10,13 @@ the event loop of whoever serves.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from qemu_postcopy.errors import (
@@ -28,6 +33,9 @@ from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
 
 log = logging.getLogger(__name__)
 
+#: A dead sidecar's helper, which stops a thread of QEMU for a moment, has the lock so much longer.
+LOCK_SECONDS = 5.0
+LOCK_POLL_SECONDS = 0.01
 #: Recorded states in which nobody needs a sidecar.
 OVER = (State.DETACHED, State.FAILED, State.GONE)
 #: Recorded states in which memory was not registered yet, so that there cannot be a guest.
@@ -55,10 +63,10 @@ async def recover(
     """
     from qemu_postcopy.image.image import Image
 
-    record = run.read_record()
-    assert record is not None
-    run.lock()
+    await _claim(run)
     try:
+        record = run.read_record()
+        assert record is not None
         _require_recoverable(run, record)
         options = SessionOptions(
             chunk_size=record.chunk_size or None,
@@ -99,12 +107,38 @@ async def recover(
         run.release()
 
 
+async def _claim(run: RunDirectory) -> None:
+    """Takes the lock; waits a moment for what a dead sidecar has left to end by itself."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            run.lock()
+            return
+        except StateError:
+            record = run.read_record()
+            if record is None or _alive(record.sidecar_pid) or time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(LOCK_POLL_SECONDS)
+
+
+def _alive(pid: int) -> bool:
+    from qemu_postcopy.vm.process import ProcessIdentity
+
+    try:
+        ProcessIdentity.open(pid).close()
+    except TargetGoneError:
+        return False
+    return True
+
+
 def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
     if record.state in OVER:
         raise StateError(
             f"{run.name} is {record.state}: it needs no sidecar",
             hint="see: qemu-postcopy status",
         )
+    if record.state == State.NEW and not record.pid:
+        record = replace(record, pid=_owner_of(run.qmp_socket), start_time=0)
     if not run.guest_alive(record):
         run.update_record(state=str(State.GONE))
         raise GuestEndedError(f"QEMU of {run.name} (PID {record.pid}) has ended", vm=run.name)
@@ -123,15 +157,27 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
         )
 
 
+def _owner_of(monitor: Path) -> int:
+    """The PID of the QEMU that was started with this monitor, or 0: its sidecar died before it had
+    noted that."""
+    wanted = f"path={str(monitor.resolve()).replace(',', ',,')},".encode()
+    for entry in os.scandir("/proc"):
+        with suppress(OSError):
+            if entry.name.isdigit() and any(
+                wanted in argument
+                for argument in Path(entry.path, "cmdline").read_bytes().split(b"\0")
+            ):
+                return int(entry.name)
+    return 0
+
+
 def _leave_without_guest(record: SessionRecord) -> None:
     """Ends a QEMU of ours; somebody else's goes on waiting, with its memory free again."""
-    import os
-
     from qemu_postcopy.paging import registration
     from qemu_postcopy.vm.attach import take_left_userfaultfd
     from qemu_postcopy.vm.process import ProcessIdentity
 
-    with ProcessIdentity.open(record.pid, record.start_time) as identity:
+    with ProcessIdentity.open(record.pid, record.start_time or None) as identity:
         if record.owned:
             identity.kill()
             return

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from qemu_postcopy.errors import (
     GuestEndedError,
+    HostError,
     ImageError,
     LaunchError,
     MismatchError,
@@ -220,6 +221,7 @@ class Session:
         self._way = way = self._choose_way()
         self.attached_by = way.name
         self.launched_ns = time.monotonic_ns()
+        self._try_record()  # before there is a QEMU that nobody would know of
         taking: asyncio.Future[None] | None = None
         try:
             self._owned = launch(argv, self.run.path, environment=way.environment())
@@ -325,8 +327,8 @@ class Session:
     def take_over(self, record: SessionRecord) -> None:
         """Serves on a guest whose sidecar has died; all that was registered still is.
 
-        What is present the kernel says itself (EEXIST to the COPY of a page that is there), what
-        the guest gave back the ledger knows.  Threads that wait are woken once and fault anew.
+        What is present the kernel says itself, what the guest gave back the ledger knows.  Threads
+        that wait are woken once and fault anew.
         Whether there is a guest yet is for :meth:`settle` to find out.
 
         Raises:
@@ -338,6 +340,7 @@ class Session:
         from qemu_postcopy.paging.ledger import Ledger
         from qemu_postcopy.vm.attach import drop_ptrace_rights, take_left_userfaultfd
         from qemu_postcopy.vm.layout import RamBlock
+        from qemu_postcopy.vm.presence import note_arrived
         from qemu_postcopy.vm.process import ProcessIdentity
 
         self._require(State.SERVING)
@@ -358,6 +361,8 @@ class Session:
         self._keep_userfaultfd(take_left_userfaultfd(self.identity, record.userfaultfd))
         self._ledger = Ledger.open(self.run.ledger)
         self._cleanup.callback(self._ledger.close)
+        self._ledger.require_sound()
+        note_arrived(self._ledger, self._layout, self.identity)
         pager = self._make_pager(self._pager_blocks())
         if self.options.drop_rights:
             drop_ptrace_rights()
@@ -662,9 +667,20 @@ class Session:
             self._listener(StateChange(state, elapsed))
 
     def _try_record(self) -> None:
+        """Writes ``session.json``.
+
+        Raises:
+            HostError: that failed, and the device state is to be loaded next: from then on a record
+                that says otherwise would have a guest ended by whoever takes over.
+        """
         try:
             self._record()
         except OSError as error:
+            if self.state is State.SERVING and not self._unsettled:
+                raise HostError(
+                    f"session.json in {self.run.path} cannot be written: {error.strerror}",
+                    hint="free some space there, or choose another place by QEMU_POSTCOPY_RUN_DIR",
+                ) from error
             # No reason to give up a guest, nor to leave one's QEMU behind.
             log.warning("session.json in %s cannot be written: %s", self.run.path, error)
 
@@ -672,7 +688,7 @@ class Session:
         identity = self.identity
         self.run.write_record(
             SessionRecord(
-                image=str(self.image.path),
+                image=str(self.image.path.absolute()),
                 state=str(self.state),
                 pid=identity.pid if identity else 0,
                 start_time=identity.start_time if identity else 0,
@@ -683,7 +699,7 @@ class Session:
                 chunk_size=self.options.chunk_size or self.image.manifest.chunk_size_bytes,
                 boot_id=boot_id(),
                 image_key=self.image.manifest.state.sha256,
-                owned=self._owned is not None or self._owned_before,
+                owned=self.launched_ns != 0,
                 qmp=str(self._qmp_path),
                 paused=self.options.paused,
                 background=self.options.background,

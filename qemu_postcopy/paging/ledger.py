@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from qemu_postcopy._native import lib
 from qemu_postcopy.errors import HostError, ImageError
 
 MAGIC = b"QPCLEDG\x01"
@@ -27,6 +28,14 @@ ALIGNMENT = 4096
 MOST_BLOCKS = 1024
 #: bytes kept for the journal; ``QPC_PAGER_JOURNAL_SIZE`` of them are used
 JOURNAL_BYTES = 4096
+#: enum qpc_page_state
+MISSING, FILLING, PRESENT, REMOVED = (
+    lib.QPC_PAGE_MISSING,
+    lib.QPC_PAGE_FILLING,
+    lib.QPC_PAGE_PRESENT,
+    lib.QPC_PAGE_REMOVED,
+)
+KNOWN_STATES = bytes((MISSING, FILLING, PRESENT, REMOVED))
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,27 @@ class Ledger:
         """A copy of one block's states, one byte per page."""
         block = self.block(name)
         return self.mapping[block.offset : block.offset + block.page_count]
+
+    def require_sound(self) -> None:
+        """ImageError where a byte of it is no page's state."""
+        for block in self.blocks:
+            if self.states(block.name).translate(None, KNOWN_STATES):
+                raise _damaged(self.path, f"a page of block {block.name} has an unknown state")
+
+    def pages_in(self, name: str, state: int) -> list[int]:
+        """The indices of one block's pages in this state, ascending."""
+        states = self.states(name)
+        wanted = bytes((state,))
+        pages = []
+        page = states.find(wanted)
+        while page >= 0:
+            pages.append(page)
+            page = states.find(wanted, page + 1)
+        return pages
+
+    def set_present(self, name: str, page: int) -> None:
+        """Marks one page as filled.  Only while no pager has the ledger."""
+        self.mapping[self.block(name).offset + page] = PRESENT
 
     def close(self) -> None:
         """Unmaps; the file stays.  Any buffer taken from the mapping must be released before."""

@@ -260,7 +260,7 @@ class RunDirectory:
         if record.boot_id and record.boot_id != boot_id():
             return False
         try:
-            ProcessIdentity.open(record.pid, record.start_time).close()
+            ProcessIdentity.open(record.pid, record.start_time or None).close()
         except PostcopyError:
             return False
         return True

@@ -216,8 +216,11 @@ async def has_loaded(qmp: Qmp) -> bool:
     """
     deadline = asyncio.get_running_loop().time() + NOT_BEGUN_SECONDS
     while await qmp.status() == "inmigrate":
-        begun = (await qmp.execute("query-migrate")).get("status") not in (None, "none")
-        if not begun and asyncio.get_running_loop().time() > deadline:
+        state = (await qmp.execute("query-migrate")).get("status", "none")
+        if state in ENDED:
+            # QEMU 10 stays in `inmigrate` after a load if it could not get its disks.
+            return state == "completed"
+        if state == "none" and asyncio.get_running_loop().time() > deadline:
             return False
         await asyncio.sleep(0.02)  # QEMU without the capability `events` tells nobody
     return True
