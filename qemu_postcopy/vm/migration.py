@@ -216,7 +216,7 @@ async def has_loaded(qmp: Qmp) -> bool:
     """
     deadline = asyncio.get_running_loop().time() + NOT_BEGUN_SECONDS
     while await qmp.status() == "inmigrate":
-        state = (await qmp.execute("query-migrate")).get("status", "none")
+        state: str = (await qmp.execute("query-migrate")).get("status", "none")
         if state in ENDED:
             # QEMU 10 stays in `inmigrate` after a load if it could not get its disks.
             return state == "completed"
