@@ -138,7 +138,7 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
             hint="see: qemu-postcopy status",
         )
     if record.state == State.NEW and not record.pid:
-        record = replace(record, pid=_owner_of(run.qmp_socket), start_time=0)
+        record = replace(record, pid=owner_of(run.qmp_socket), start_time=0)
     if not run.guest_alive(record):
         run.update_record(state=str(State.GONE))
         raise GuestEndedError(f"QEMU of {run.name} (PID {record.pid}) has ended", vm=run.name)
@@ -157,7 +157,7 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
         )
 
 
-def _owner_of(monitor: Path) -> int:
+def owner_of(monitor: Path) -> int:
     """The PID of the QEMU that was started with this monitor, or 0: its sidecar died before it had
     noted that."""
     wanted = f"path={str(monitor.resolve()).replace(',', ',,')},".encode()

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -131,29 +133,53 @@ async def serve_to_the_end(session: Session) -> None:
 @contextmanager
 def ending_by_signals(session: Session) -> Iterator[None]:
     """SIGTERM and SIGINT end a restore that has no guest yet, and hurry one that has: the rest is
-    filled at full speed, then it detaches.  A guest is never abandoned."""
+    filled at full speed, then it detaches.  SIGQUIT has a sidecar in the background serve on, so
+    that this process is free; SIGHUP (the terminal is gone) changes nothing.  A guest is never
+    abandoned."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
 
     def end() -> None:
-        if session.has_guest():
+        if session.has_guest() and session.pager is not None:
             log.warning("asked to end: filling the rest, then detaching")
             session.fill_at_full_speed()
         else:
             log.warning("asked to end before there was a guest")
             task.cancel()
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    def leave() -> None:
+        if session.has_guest() and session.pager is not None:
+            serve_in_background(session.run)
+        else:
+            end()
+
+    handlers: dict[signal.Signals, Callable[[], None]] = {
+        signal.SIGTERM: end,
+        signal.SIGINT: end,
+        signal.SIGQUIT: leave,
+        signal.SIGHUP: lambda: log.warning("the terminal is gone: serving on"),
+    }
     with suppress(ValueError, RuntimeError):  # not in the main thread: signals are the caller's
-        for number in numbers:
-            loop.add_signal_handler(number, end)
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
     try:
         yield
     finally:
         with suppress(ValueError, RuntimeError):
-            for number in numbers:
+            for number in handlers:
                 loop.remove_signal_handler(number)
+
+
+def serve_in_background(run: RunDirectory) -> None:
+    """Replaces this process by `recover`, which starts a sidecar that takes over, and returns.
+
+    A process with threads cannot go to the background itself.  Its lock, its pager and its copy of
+    the descriptor end with the exec; the guest waits for as long as a take-over takes.
+    """
+    os.environ["QEMU_POSTCOPY_RUN_DIR"] = str(run.path.parent)
+    command = [sys.executable, "-P", "-m", "qemu_postcopy", "recover", run.name]
+    os.execv(command[0], command)
 
 
 async def _verify(image: Image) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qemu_postcopy.errors import SidecarError
 from qemu_postcopy.sidecar.control import ask
-from qemu_postcopy.sidecar.rundir import RunDirectory, list_directories
+from qemu_postcopy.sidecar.rundir import RunDirectory, boot_id, list_directories
 
 WATCH_SECONDS = 0.5
 #: States in which a guest depends on its sidecar.
@@ -49,6 +49,8 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
         "statistics": record.statistics,
         "origins": record.origins,
     }
+    if record.boot_id and record.boot_id != boot_id():
+        return {**entry, "state": "ended", "trouble": "the host was started again since"}
     if not directory.guest_alive(record):
         return {**entry, "state": "ended" if record.pid else record.state}
     if record.state in UNBORN and not directory.is_served():
@@ -65,6 +67,8 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
             f"its sidecar does not answer, so the guest waits: {error.message}; "
             f"qemu-postcopy recover {directory.name} starts another"
         )
+        if failed := directory.supervisor_trouble():
+            trouble += f"; {failed}"
         return {**entry, "state": "waiting", "trouble": trouble}
     return {key: answer.get(key, entry[key]) for key in entry}
 

@@ -112,6 +112,19 @@ class RunDirectory:
         return self.path / "ledger"
 
     @property
+    def supervisor_notes(self) -> Path:
+        """What went wrong with the last take-overs; see :mod:`.supervisor`."""
+        return self.path / "supervisor.json"
+
+    def supervisor_trouble(self) -> str:
+        """That, in words; empty where all is well, or there is no supervisor."""
+        try:
+            notes = json.loads(self.supervisor_notes.read_text())
+            return f"its supervisor has failed {notes['failures']} times: {notes['trouble']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    @property
     def sidecar_log(self) -> Path:
         """What the sidecar had to say."""
         return self.path / "sidecar.log"

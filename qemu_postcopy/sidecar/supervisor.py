@@ -7,6 +7,7 @@ off as without one, and ``qemu-postcopy supervise`` starts another.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -20,36 +21,60 @@ from qemu_postcopy.sidecar.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
-#: Between two attempts that failed: the guest waits meanwhile, and `status` says why.
+#: Between two attempts that failed, or sidecars that died soon: the guest waits meanwhile, and
+#: `status` says why.
 FIRST_PAUSE_SECONDS = 0.1
 LAST_PAUSE_SECONDS = 30.0
+#: A sidecar that lives for less died of what will kill the next one too.
+SOON_SECONDS = 5.0
 
 
 def supervise(run: RunDirectory, said: Callable[[str], None] = log.warning) -> None:
     """Returns when the guest needs no sidecar any more: it has all of its memory, or has ended."""
     pause = FIRST_PAUSE_SECONDS
+    failures = 0
     while True:
         run.wait_unserved()
         record = run.read_record()
+        run.release()
         if record is None or not needs_sidecar(run, record):
-            run.release()
+            run.supervisor_notes.unlink(missing_ok=True)
             return
         said(f"the sidecar of {run.name} has died (PID {record.sidecar_pid}): taking over")
-        run.release()
-        try:
-            sidecar = spawn(recovering(run), run)
-            for event in sidecar.events():
-                if event.get("state") in ("running", "gone"):
-                    pause = FIRST_PAUSE_SECONDS
-                    said(f"{run.name} is served by PID {sidecar.pid}")
-                    break
-            sidecar.reports.close()
-        except PostcopyError as error:
-            said(f"{run.name} cannot be taken over: {error.message}")
-            time.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE_SECONDS)
-        with suppress(ChildProcessError):
-            os.waitpid(-1, 0)
+        began = time.monotonic()
+        trouble = _take_over(run, said)
+        if not trouble and time.monotonic() - began >= SOON_SECONDS:
+            pause, failures = FIRST_PAUSE_SECONDS, 0
+            run.supervisor_notes.unlink(missing_ok=True)
+            continue
+        failures += 1
+        note(run, failures, trouble or "sidecars die soon after they took over: see sidecar.log")
+        time.sleep(pause)
+        pause = min(2 * pause, LAST_PAUSE_SECONDS)
+
+
+def _take_over(run: RunDirectory, said: Callable[[str], None]) -> str:
+    """Returns when the new sidecar has ended: why it could not take over, or an empty string."""
+    trouble = ""
+    sidecar = spawn(recovering(run), run)
+    try:
+        for event in sidecar.events():
+            if event.get("state") in ("running", "gone"):
+                said(f"{run.name} is served by PID {sidecar.pid}")
+                break
+    except PostcopyError as error:
+        trouble = error.message
+        said(f"{run.name} cannot be taken over: {trouble}")
+    sidecar.reports.close()
+    with suppress(ChildProcessError):
+        os.waitpid(sidecar.pid, 0)
+    return trouble
+
+
+def note(run: RunDirectory, failures: int, trouble: str) -> None:
+    """For `status`: how often it went wrong in a row, and why last."""
+    with suppress(OSError):
+        run.supervisor_notes.write_text(json.dumps({"failures": failures, "trouble": trouble}))
 
 
 def start(run: RunDirectory) -> int:

@@ -20,11 +20,13 @@ from vm.guests import (
     SharedSnapshots,
     Snapshot,
     cli,
+    cli_command,
     ends_within,
     goes_on_from,
     refused,
     send,
     status_of,
+    wait_until,
 )
 
 from qemu_postcopy.errors import TargetGoneError
@@ -222,3 +224,62 @@ def test_what_was_begun_is_finished(where: str, lab: Lab, snapshot: Snapshot) ->
     goes_on_from(guest, snapshot)
     guest.console.wait_passes(2)
     assert status_of("r")["state"] == "detached"
+
+
+def test_ctrl_backslash_leaves_the_guest_to_a_sidecar_in_the_background(
+    lab: Lab, snapshot: Snapshot
+) -> None:
+    command = subprocess.Popen(
+        cli_command(
+            "restore", "--foreground", "--name", "r", *SLOWLY, "--qemu", snapshot.qemu,
+            snapshot.image,
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert command.stderr is not None
+    for line in command.stderr:
+        if json.loads(line).get("state") == "running":
+            break
+    guest = guest_of_record(lab, "r")
+    command.send_signal(signal.SIGHUP)  # its terminal is closed: nothing happens
+    command.send_signal(signal.SIGQUIT)
+    said, _ = command.communicate(timeout=60)
+    assert command.returncode == 0
+    assert "is served again" in said
+    record = RunDirectory.find("r").read_record()
+    assert record is not None
+    guest.sidecar = ProcessIdentity.open(record.sidecar_pid)
+    assert status_of("r")["state"] == "running"
+    goes_on_from(guest, snapshot)
+    cli("fill", "r")
+    guest.wait_sidecar_gone()
+    guest.console.wait_passes(1)
+
+
+def test_supervisor_that_fails_pauses_and_says_so(lab: Lab, snapshot: Snapshot) -> None:
+    """And goes on once the reason is gone."""
+    guest = lab.restore(snapshot, *SLOWLY, "--supervise")
+    run = RunDirectory.find(guest.name)
+    good = run.ledger.read_bytes()
+    run.ledger.rename(run.path / "away")  # the sidecar that lives has it mapped
+    kill_sidecar(guest)
+
+    def trouble() -> str:
+        said = status_of(guest.name)["trouble"]
+        assert isinstance(said, str)
+        return said
+
+    wait_until(lambda: "supervisor has failed 3 times" in trouble(), "three attempts")
+    assert "ledger" in trouble()
+    assert guest.registered_ranges() > 0
+    (run.path / "away").rename(run.ledger)
+    assert len(good) == run.ledger.stat().st_size
+    wait_until(lambda: status_of(guest.name)["state"] == "running", "it is served again")
+    record = run.read_record()
+    assert record is not None
+    guest.sidecar = ProcessIdentity.open(record.sidecar_pid)
+    cli("fill", guest.name)
+    guest.wait_sidecar_gone()
+    goes_on_from(guest, snapshot)
