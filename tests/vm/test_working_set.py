@@ -11,9 +11,6 @@ from qemu_postcopy.images.guest_image import GuestImage
 
 pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
 
-#: Hundredths of a second; after that the guest walks through all of its memory.
-EARLY = 5
-
 
 def test_what_the_first_guest_wanted_is_there_before_the_second_asks(
     qemu_binary: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage, run_dir: Path
@@ -33,8 +30,6 @@ def test_what_the_first_guest_wanted_is_there_before_the_second_asks(
     assert early["first"]["pages_prefetched"] == 0
     assert early["second"]["pages_prefetched"] > 20
     assert early["without"]["pages_prefetched"] == 0
-    faults = {name: sum(counted["timeline"][:EARLY]) for name, counted in early.items()}
-    assert faults["second"] < faults["first"] / 2
 
 
 def test_a_restore_that_leaves_the_guest_paused_notes_nothing(
