@@ -116,14 +116,16 @@ def boot(qemu_binary: Path, guest_image: GuestImage, run_dir: Path) -> Iterator[
 
 
 def pattern_pages(ram: mmap.mmap) -> list[int]:
-    """Offsets in bytes of the pages of RAM that hold the pattern, zero pages aside."""
-    found = []
+    """Offsets in bytes of the pages of RAM that hold the pattern, zero pages aside, and of those
+    only that occur once: where the guest's kernel has moved a page, its old place still holds it.
+    """
+    found: dict[int, list[int]] = {}
     for offset in range(0, len(ram), PAGE_BYTES):
         first, second, third = memoryview(ram[offset : offset + 24]).cast("Q")
         step = (second - first) % 2**64
         if step == WORD_STEP and (third - second) % 2**64 == WORD_STEP:
-            found.append(offset)
-    return found
+            found.setdefault(first, []).append(offset)
+    return [places[0] for places in found.values() if len(places) == 1]
 
 
 def test_memory_is_filled_verified_and_rewritten(boot: Boot, guest_image: GuestImage) -> None:
@@ -158,7 +160,7 @@ def test_each_kind_of_wrong_page_is_found(boot: Boot, guest_image: GuestImage, k
     guest.wait_ready()
     with guest.ram_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
         offsets = pattern_pages(ram)
-        assert len(offsets) == 16 * 256
+        assert 15 * 256 < len(offsets) <= 16 * 256
         here, there = slice(offsets[7], offsets[7] + PAGE_BYTES), offsets[2000]
         wrong_words = 512
         match kind:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 from vm.guests import MIB, Guest, Lab, SharedSnapshots, Snapshot, cli_command, goes_on_from, refused
 from vm.test_restore_content import KIND_PARAMS
 
+import qemu_postcopy
 from qemu_postcopy.errors import AttachError
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.vm.preload import EXIT_STATUS, PreloadServer, library
@@ -48,12 +50,30 @@ def command_with(lab: Lab, snapshot: Snapshot, backend: str, *more: str) -> list
     return ["--", str(snapshot.qemu), *argv[1:], *more]
 
 
+def tool_for_everybody(lab: Lab) -> tuple[Path, Path]:
+    """A directory to bind this Python's installation to, and a copy of its packages: both may lie
+    where, or with such rights, that only their owner can read them."""
+    packages = lab.directory / "packages"
+    shutil.copytree(sysconfig.get_path("platlib"), packages, symlinks=True)
+    shutil.copytree(
+        Path(qemu_postcopy.__file__).parent, packages / "qemu_postcopy", dirs_exist_ok=True
+    )
+    python = lab.directory / "python"
+    python.mkdir()
+    return python, packages
+
+
 def restore(
-    lab: Lab, prefix: list[str | Path], *arguments: object, name: str = "r"
+    lab: Lab,
+    prefix: list[str | Path],
+    *arguments: object,
+    name: str = "r",
+    tool: list[str] | None = None,
 ) -> tuple[Guest, subprocess.CompletedProcess[str]]:
     """By the tool, started in a certain way."""
+    tool = tool or cli_command()
     done = subprocess.run(
-        [*prefix, *cli_command("restore", "--json", "--name", name, *arguments)],
+        [*prefix, *tool, "restore", "--json", "--name", name, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -116,6 +136,7 @@ def test_user_without_any_right_over_qemu_restores(
     program = lab.directory / "qemu-system-x86_64"
     shutil.copy(qemu, program)
     program.chmod(0o711)
+    python, packages = tool_for_everybody(lab)
     device = lab.directory / "userfaultfd"
     os.mknod(device, 0o666 | stat.S_IFCHR, Path("/dev/userfaultfd").stat().st_rdev)
     device.chmod(0o666)
@@ -131,20 +152,19 @@ def test_user_without_any_right_over_qemu_restores(
     lab.directory.chmod(0o755)
     # Under a mount namespace of its own the device is everybody's.
     prefix: list[str | Path] = ["unshare", "--mount", "sh", "-c"]
+    mounts = f'mount --bind "{device}" /dev/userfaultfd && mount --bind {sys.base_prefix} {python}'
     as_nobody = f"setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups --no-new-privs"
-    prefix += [f'mount --bind "{device}" /dev/userfaultfd && exec {as_nobody} "$@"', "sh"]
+    prefix += [f'{mounts} && exec {as_nobody} "$@"', "sh"]
     command += ["-L", "/usr/share/qemu", "-L", "/usr/share/seabios"]
-    prefix = ["env", f"QEMU_MODULE_DIR={MODULES}", *prefix]
-    by_ptrace = ["restore", "--attach-by", "ptrace", "--name", "r", own.image, *command]
-    done = subprocess.run(
-        [*prefix, *cli_command(*by_ptrace)],
-        capture_output=True,
-        text=True,
-    )
+    paths = [f"PYTHONPATH={packages}", f"LD_LIBRARY_PATH={python / 'lib'}"]
+    prefix = ["env", f"QEMU_MODULE_DIR={MODULES}", *paths, *prefix]
+    tool = [str(python / "bin" / f"python{sysconfig.get_python_version()}"), "-m", "qemu_postcopy"]
+    by_ptrace = ["restore", "--attach-by", "ptrace", "--name", "r", str(own.image), *command]
+    done = subprocess.run([*prefix, *tool, *by_ptrace], capture_output=True, text=True)
     assert done.returncode == 6, done.stderr
     assert "Operation not permitted" in done.stderr or "Permission denied" in done.stderr
     options = ["--attach-by", "preload", "--wait", "complete", own.image]
-    guest, _ = restore(lab, prefix, *options, *command)
+    guest, _ = restore(lab, prefix, *options, *command, tool=tool)
     assert Path(f"/proc/{guest.pid}/maps").stat().st_uid == 0
     goes_on_from(guest, own)
     guest.console.wait_passes(1)
