@@ -8,14 +8,17 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -62,10 +65,20 @@ int qpc_capability_drop_ptrace(struct qpc_error *err)
 
 #if (defined(__x86_64__) && !defined(__ILP32__)) || (defined(__aarch64__) && defined(__LP64__))
 
-static const char device_path[32] = "/dev/userfaultfd";
-
 /* The System V ABI lets a leaf function use 128 bytes below the stack pointer (x86-64). */
-enum { RED_ZONE_BYTES = 128, VDSO_MAX_BYTES = 1 << 20, GRACE_MS = 1000 };
+enum { RED_ZONE_BYTES = 128, VDSO_MAX_BYTES = 1 << 20, GRACE_MS = 1000, SCRATCH_BYTES = 512 };
+
+/* What the calls in the target read and write, below the red zone of the lent stack. */
+struct scratch {
+    char device_path[32];
+    struct sockaddr_un address;
+    struct msghdr message;
+    struct iovec part;
+    char byte;
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+};
+
+_Static_assert(sizeof(struct scratch) <= SCRATCH_BYTES, "the scratch area lies in one page");
 
 static uint64_t now_ns(void)
 {
@@ -215,6 +228,10 @@ struct request {
     int pid, pidfd, memory, count, per_thread_ms;
     const int *tids;
     uint64_t instruction, deadline_ns;
+    int device_fd; /* to be passed over this socket, or -1 */
+    int listener;
+    struct sockaddr_un address;
+    socklen_t address_bytes;
 };
 
 /* What the child tells its parent; lies in a shared page. */
@@ -331,30 +348,148 @@ static int64_t call_in_target(pid_t tid, const registers *saved, uint64_t at, lo
     return get_registers(tid, &regs) < 0 ? -ESRCH : call_result(&regs);
 }
 
-/* The calls themselves. Returns the new descriptor's number, or -1 with both errno values set. */
-static int open_in_target(pid_t tid, const registers *saved, uint64_t at, uint64_t path,
-                          struct qpc_injection *injection)
+/* The target's connection among those that wait; others (the name is not secret) are closed. */
+static int accept_target(const struct request *request)
 {
-    const uint64_t flags = O_CLOEXEC | O_NONBLOCK;
-    const uint64_t open_args[4] = { (uint64_t)AT_FDCWD, path, O_RDWR | O_CLOEXEC, 0 };
-    int64_t device = call_in_target(tid, saved, at, SYS_openat, open_args);
-    int64_t uffd = device;
+    int connection;
 
-    if (device >= 0) {
-        const uint64_t new_args[4] = { (uint64_t)device, USERFAULTFD_IOC_NEW, flags, 0 };
-        const uint64_t close_args[4] = { (uint64_t)device, 0, 0, 0 };
+    while ((connection = accept4(request->listener, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
+        struct ucred peer;
+        socklen_t size = sizeof(peer);
 
-        uffd = call_in_target(tid, saved, at, SYS_ioctl, new_args);
-        call_in_target(tid, saved, at, SYS_close, close_args);
+        if (getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 &&
+            peer.pid == request->pid)
+            return connection;
+        close(connection);
     }
-    if (uffd >= 0)
-        return (int)uffd;
-    injection->device_errno = (int)-uffd;
-    uffd = call_in_target(tid, saved, at, SYS_userfaultfd, (const uint64_t[4]){ flags });
-    if (uffd >= 0)
-        return (int)uffd;
-    injection->syscall_errno = (int)-uffd;
     return -1;
+}
+
+static int send_descriptor(int connection, int fd)
+{
+    char byte = 0;
+    struct iovec part = { &byte, 1 };
+    union {
+        struct cmsghdr header;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control = { .header = { .cmsg_len = CMSG_LEN(sizeof(int)),
+                              .cmsg_level = SOL_SOCKET,
+                              .cmsg_type = SCM_RIGHTS } };
+    const struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control,
+                                    .msg_controllen = sizeof(control) };
+
+    memcpy(CMSG_DATA(&control.header), &fd, sizeof(fd));
+    return sendmsg(connection, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == 1 ? 0 : -1;
+}
+
+/* The number under which the target has received the descriptor that lies in its queue, or -errno. */
+static int64_t receive_in_target(const struct request *request, pid_t tid,
+                                 const registers *saved, uint64_t base, int64_t remote_socket)
+{
+    const uint64_t args[4] = { (uint64_t)remote_socket, base + offsetof(struct scratch, message),
+                               MSG_DONTWAIT | MSG_CMSG_CLOEXEC, 0 };
+    struct cmsghdr header;
+    int fd = -EBADMSG;
+    const off_t control = (off_t)(base + offsetof(struct scratch, control));
+    int64_t got = call_in_target(tid, saved, request->instruction, SYS_recvmsg, args);
+
+    if (got < 0)
+        return got;
+    if (pread(request->memory, &header, sizeof(header), control) != (ssize_t)sizeof(header) ||
+        header.cmsg_len != CMSG_LEN(sizeof(int)) || header.cmsg_type != SCM_RIGHTS ||
+        pread(request->memory, &fd, sizeof(fd), control + (off_t)CMSG_LEN(0)) !=
+            (ssize_t)sizeof(fd))
+        return -EBADMSG; /* a security module may hold the descriptor back (unix(7)) */
+    return fd;
+}
+
+/* Has the target connect to our socket, and gives it device_fd. Returns its number, or -errno. */
+static int64_t pass_to_target(const struct request *request, pid_t tid, const registers *saved,
+                              uint64_t base)
+{
+    const uint64_t at = request->instruction;
+    const uint64_t socket_args[4] = { AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, 0 };
+    int64_t remote_socket, result;
+    int connection = -1;
+
+    if (request->device_fd < 0)
+        return -EBADF;
+    remote_socket = call_in_target(tid, saved, at, SYS_socket, socket_args);
+    if (remote_socket < 0)
+        return remote_socket;
+    const uint64_t connect_args[4] = { (uint64_t)remote_socket,
+                                       base + offsetof(struct scratch, address),
+                                       request->address_bytes, 0 };
+    const uint64_t close_args[4] = { (uint64_t)remote_socket, 0, 0, 0 };
+
+    result = call_in_target(tid, saved, at, SYS_connect, connect_args);
+    if (result == 0) {
+        connection = accept_target(request);
+        result = connection < 0 || send_descriptor(connection, request->device_fd) < 0
+                     ? -ECONNABORTED
+                     : receive_in_target(request, tid, saved, base, remote_socket);
+    }
+    if (connection >= 0)
+        close(connection);
+    call_in_target(tid, saved, at, SYS_close, close_args);
+    return result;
+}
+
+/* Makes a userfaultfd of the target's descriptor of the device, which is closed. */
+static int64_t make_in_target(pid_t tid, const registers *saved, uint64_t at, int64_t device)
+{
+    const uint64_t new_args[4] = { (uint64_t)device, USERFAULTFD_IOC_NEW,
+                                   O_CLOEXEC | O_NONBLOCK, 0 };
+    const uint64_t close_args[4] = { (uint64_t)device, 0, 0, 0 };
+    int64_t uffd = call_in_target(tid, saved, at, SYS_ioctl, new_args);
+
+    call_in_target(tid, saved, at, SYS_close, close_args);
+    return uffd;
+}
+
+/*
+ * The calls themselves; base is where the scratch area lies in the target. Returns the new
+ * descriptor's number, or -1 with all errno values set.
+ */
+static int open_in_target(const struct request *request, pid_t tid, const registers *saved,
+                          uint64_t base, struct qpc_injection *injection)
+{
+    const uint64_t at = request->instruction;
+    const uint64_t open_args[4] = { (uint64_t)AT_FDCWD,
+                                    base + offsetof(struct scratch, device_path),
+                                    O_RDWR | O_CLOEXEC, 0 };
+    int64_t result = call_in_target(tid, saved, at, SYS_openat, open_args);
+
+    if (result >= 0)
+        result = make_in_target(tid, saved, at, result);
+    if (result >= 0)
+        return (int)result;
+    injection->device_errno = (int)-result;
+    result = pass_to_target(request, tid, saved, base);
+    if (result >= 0)
+        result = make_in_target(tid, saved, at, result);
+    if (result >= 0)
+        return (int)result;
+    injection->passed_errno = (int)-result;
+    result = call_in_target(tid, saved, at, SYS_userfaultfd,
+                            (const uint64_t[4]){ O_CLOEXEC | O_NONBLOCK });
+    if (result >= 0)
+        return (int)result;
+    injection->syscall_errno = (int)-result;
+    return -1;
+}
+
+static void fill_scratch(struct scratch *scratch, const struct request *request, uint64_t base)
+{
+    memset(scratch, 0, sizeof(*scratch));
+    strcpy(scratch->device_path, "/dev/userfaultfd");
+    scratch->address = request->address;
+    scratch->part.iov_base = (void *)(uintptr_t)(base + offsetof(struct scratch, byte));
+    scratch->part.iov_len = 1;
+    scratch->message.msg_iov = (void *)(uintptr_t)(base + offsetof(struct scratch, part));
+    scratch->message.msg_iovlen = 1;
+    scratch->message.msg_control = (void *)(uintptr_t)(base + offsetof(struct scratch, control));
+    scratch->message.msg_controllen = sizeof(scratch->control);
 }
 
 /* With the thread standing still: lend its stack and registers, run the calls, give all back. */
@@ -363,9 +498,10 @@ static enum attempt work_in_stopped(const struct request *request, pid_t tid,
 {
     struct qpc_injection *injection = &answer->injection;
     uint64_t saved_mask, every_signal = ~(uint64_t)0;
-    char saved_bytes[sizeof(device_path)];
+    char saved_bytes[SCRATCH_BYTES];
+    struct scratch scratch;
     registers saved;
-    uint64_t path;
+    uint64_t base;
     int restored;
 
     if (get_registers(tid, &saved) < 0) {
@@ -376,20 +512,20 @@ static enum attempt work_in_stopped(const struct request *request, pid_t tid,
         return ATTEMPT_FAILED;
     }
     /* Aligned to its own size, so that it lies in one page. */
-    path = (stack_pointer(&saved) - RED_ZONE_BYTES - sizeof(device_path)) &
-           ~(uint64_t)(sizeof(device_path) - 1);
-    if (pread(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)path) !=
+    base = (stack_pointer(&saved) - RED_ZONE_BYTES - SCRATCH_BYTES) &
+           ~(uint64_t)(SCRATCH_BYTES - 1);
+    if (pread(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)base) !=
             (ssize_t)sizeof(saved_bytes) ||
         ptrace(PTRACE_GETSIGMASK, tid, sizeof(saved_mask), &saved_mask) < 0 ||
         ptrace(PTRACE_SETSIGMASK, tid, sizeof(every_signal), &every_signal) < 0)
         return ATTEMPT_NEXT_THREAD;
-    if (pwrite(request->memory, device_path, sizeof(device_path), (off_t)path) ==
-        (ssize_t)sizeof(device_path))
-        injection->remote_fd =
-            open_in_target(tid, &saved, request->instruction, path, injection);
+    fill_scratch(&scratch, request, base);
+    if (pwrite(request->memory, &scratch, sizeof(scratch), (off_t)base) ==
+        (ssize_t)sizeof(scratch))
+        injection->remote_fd = open_in_target(request, tid, &saved, base, injection);
     else
         injection->device_errno = injection->syscall_errno = errno;
-    restored = pwrite(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)path) ==
+    restored = pwrite(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)base) ==
                (ssize_t)sizeof(saved_bytes);
     restored &= ptrace(PTRACE_SETSIGMASK, tid, sizeof(saved_mask), &saved_mask) == 0;
     restored &= set_registers(tid, &saved) == 0 && restore_call_state(tid) == 0;
@@ -466,6 +602,22 @@ static int try_threads(const struct request *request, struct answer *answer)
 
 /* ---- the caller's side ---- */
 
+/* A socket that the target can connect to wherever its files are; the kernel chooses its name. */
+static int open_listener(struct request *request)
+{
+    const struct sockaddr_un any = { .sun_family = AF_UNIX };
+
+    request->address_bytes = sizeof(request->address);
+    request->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (request->listener >= 0 &&
+        bind(request->listener, (const struct sockaddr *)&any, sizeof(any.sun_family)) == 0 &&
+        getsockname(request->listener, (struct sockaddr *)&request->address,
+                    &request->address_bytes) == 0 &&
+        listen(request->listener, SOMAXCONN) == 0)
+        return 0;
+    return -1;
+}
+
 /* Runs try_threads in a child and waits for it. */
 static int run_child(const struct request *request, struct answer *answer, int total_ms,
                      struct qpc_error *err)
@@ -505,10 +657,12 @@ static int run_child(const struct request *request, struct answer *answer, int t
 }
 
 int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
-                           int total_ms, struct qpc_injection *out, struct qpc_error *err)
+                           int total_ms, int device_fd, struct qpc_injection *out,
+                           struct qpc_error *err)
 {
     struct request request = { .pid = pid, .pidfd = pidfd, .tids = tids, .count = count,
-                               .per_thread_ms = per_thread_ms };
+                               .per_thread_ms = per_thread_ms, .device_fd = device_fd,
+                               .listener = -1 };
     struct answer *answer;
     char path[64];
     int result = -1;
@@ -533,6 +687,8 @@ int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int p
     } else if (!request.instruction) {
         qpc_error_set(err, QPC_UNSUPPORTED, 0, "no system call instruction found in process %d",
                       pid);
+    } else if (device_fd >= 0 && open_listener(&request) < 0) {
+        qpc_error_set(err, QPC_SYSTEM, errno, "cannot make a socket");
     } else {
         request.deadline_ns = now_ns() + (uint64_t)total_ms * 1000000u;
         result = run_child(&request, answer, total_ms, err);
@@ -545,6 +701,8 @@ int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int p
     }
     if (answer != MAP_FAILED)
         munmap(answer, sizeof(*answer));
+    if (request.listener >= 0)
+        close(request.listener);
     close(request.memory);
     return result;
 }
@@ -552,7 +710,8 @@ int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int p
 #else
 
 int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
-                           int total_ms, struct qpc_injection *out, struct qpc_error *err)
+                           int total_ms, int device_fd, struct qpc_injection *out,
+                           struct qpc_error *err)
 {
     return qpc_error_set(err, QPC_UNSUPPORTED, 0,
                          "ptrace injection is written for 64-bit x86 and ARM only");

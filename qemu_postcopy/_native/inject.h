@@ -24,7 +24,8 @@ struct qpc_injection {
     int remote_fd;     /* the userfaultfd's number in the target */
     int tid;           /* the thread that opened it */
     int threads_tried; /* with those that did not stop in time */
-    int device_errno;  /* why /dev/userfaultfd was not used, 0 if it was */
+    int device_errno;  /* why /dev/userfaultfd could not be opened there, 0 if it could */
+    int passed_errno;  /* why passing device_fd failed as well, 0 if it did not */
     int syscall_errno; /* why userfaultfd(2) failed as well, 0 if it did not */
     uint64_t wait_ns;  /* from the request until that thread stood still */
     uint64_t stop_ns;  /* how long it stood still */
@@ -34,13 +35,17 @@ struct qpc_injection {
  * pidfd must have been opened for pid by the caller, who knows what process it is: it tells a
  * reused PID apart. Threads are tried in order, again and again, each for at most per_thread_ms, all
  * for at most total_ms. Blocks until done; any thread may call it. On failure nothing is changed in the
- * target. QPC_GONE: the process died. QPC_REFUSED: no right to trace it (errnum is set), or the
- * target may not open a userfaultfd (device_errno, syscall_errno). QPC_TIMEOUT: no thread stopped.
+ * target. device_fd is an open /dev/userfaultfd, or -1: where the target may not open that device
+ * itself (another user, a private /dev, a device cgroup), it is given this one over a socket for a
+ * moment; the descriptor made from it is for the target's memory, since USERFAULTFD_IOC_NEW takes
+ * that of whoever calls it. QPC_GONE: the process died. QPC_REFUSED: no right to trace it (errnum is set), or the
+ * target may not open a userfaultfd (device_errno, passed_errno, syscall_errno). QPC_TIMEOUT: no thread stopped.
  * A thread that waits in a kernel-mode fault and is tried in vain does not sleep any more until
  * its page is there: it repeats the fault (seen on Linux 6.18; one more message comes).
  */
 int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
-                           int total_ms, struct qpc_injection *out, struct qpc_error *err);
+                           int total_ms, int device_fd, struct qpc_injection *out,
+                           struct qpc_error *err);
 
 /* A close-on-exec copy of descriptor remote_fd of the process behind pidfd. */
 int qpc_fd_take(int pidfd, int remote_fd, struct qpc_error *err);

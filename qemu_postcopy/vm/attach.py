@@ -97,16 +97,22 @@ def take_userfaultfd(identity: ProcessIdentity) -> TakenDescriptor:
     tids = thread_order(identity.threads(), identity.pid)
     injection = ffi.new("struct qpc_injection *")
     error = new_error()
-    result = lib.qpc_inject_userfaultfd(
-        identity.pid,
-        identity.pidfd,
-        tids,
-        len(tids),
-        PER_THREAD_LIMIT_MS,
-        TOTAL_LIMIT_MS,
-        injection,
-        error,
-    )
+    device = _open_device()
+    try:
+        result = lib.qpc_inject_userfaultfd(
+            identity.pid,
+            identity.pidfd,
+            tids,
+            len(tids),
+            PER_THREAD_LIMIT_MS,
+            TOTAL_LIMIT_MS,
+            device,
+            injection,
+            error,
+        )
+    finally:
+        if device >= 0:
+            os.close(device)
     try:
         check(result, error)
         descriptor = check(lib.qpc_fd_take(identity.pidfd, injection.remote_fd, error), error)
@@ -128,6 +134,15 @@ def take_userfaultfd(identity: ProcessIdentity) -> TakenDescriptor:
         wait_ns=injection.wait_ns,
         stop_ns=injection.stop_ns,
     )
+
+
+def _open_device() -> int:
+    """The device, to be passed to a QEMU that may not open it: another user's, or one whose /dev
+    or cgroup lacks it (libvirt before 10). -1 where this process may not either."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def take_left_userfaultfd(identity: ProcessIdentity, number: int) -> TakenDescriptor:
@@ -166,12 +181,14 @@ def take_left_userfaultfd(identity: ProcessIdentity, number: int) -> TakenDescri
 def _explained(failure: PostcopyError, identity: ProcessIdentity, injection: object) -> AttachError:
     """The same failure, with the right that is missing and how to get it."""
     device_errno: int = getattr(injection, "device_errno", 0)
+    passed_errno: int = getattr(injection, "passed_errno", 0)
     syscall_errno: int = getattr(injection, "syscall_errno", 0)
     message, hint = failure.message, failure.hint
     if device_errno:
         message = (
             f"QEMU (PID {identity.pid}) may not open a userfaultfd: {DEVICE}: "
-            f"{os.strerror(device_errno)}; userfaultfd(2): {os.strerror(syscall_errno)}"
+            f"{os.strerror(device_errno)}; passed to it: {os.strerror(passed_errno)}; "
+            f"userfaultfd(2): {os.strerror(syscall_errno)}"
         )
         hint = _device_hint(device_errno)
     elif isinstance(failure.__cause__, OSError):

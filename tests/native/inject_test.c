@@ -54,6 +54,7 @@ struct shared {
 static struct shared *shared;
 static pid_t target;
 static int target_pidfd, to_target[2], from_target[2];
+static bool sleeper_is_nobody;
 
 /* ---- the target ---- */
 
@@ -92,6 +93,9 @@ static void *compute(void *unused)
 /* Relative sleeps go on by restart_syscall(2) after a stop: neither EINTR nor an early end. */
 static void *sleep_often(void *unused)
 {
+    /* The system call itself changes this thread alone (setresuid(2)). */
+    if (sleeper_is_nobody && syscall(SYS_setresuid, 65534, 65534, 65534) < 0)
+        _exit(1);
     atomic_store(&shared->tids[SLEEP], (int)syscall(SYS_gettid));
     for (;;) {
         struct timespec before, after, rest = { .tv_nsec = 3000000 };
@@ -273,7 +277,7 @@ static void check_device_closed(void)
 static int inject(const int *tids, int count, struct qpc_injection *out, struct qpc_error *err)
 {
     memset(err, 0, sizeof(*err));
-    return qpc_inject_userfaultfd(target, target_pidfd, tids, count, 50, 2000, out, err);
+    return qpc_inject_userfaultfd(target, target_pidfd, tids, count, 50, 2000, -1, out, err);
 }
 
 static int take(const int *tids, int count, struct qpc_injection *out)
@@ -404,10 +408,10 @@ static void case_gone(void)
     dead_pidfd = (int)syscall(SYS_pidfd_open, dead, 0);
     waitpid(dead, NULL, 0);
     tid = dead;
-    CHECK(qpc_inject_userfaultfd(dead, dead_pidfd, &tid, 1, 50, 2000, &injection, &err) < 0 &&
+    CHECK(qpc_inject_userfaultfd(dead, dead_pidfd, &tid, 1, 50, 2000, -1, &injection, &err) < 0 &&
           err.code == QPC_GONE, "code %d", err.code);
     tid = atomic_load(&shared->tids[SLEEP]);
-    CHECK(qpc_inject_userfaultfd(target, dead_pidfd, &tid, 1, 50, 2000, &injection, &err) < 0 &&
+    CHECK(qpc_inject_userfaultfd(target, dead_pidfd, &tid, 1, 50, 2000, -1, &injection, &err) < 0 &&
           err.code == QPC_GONE, "code %d", err.code);
     CHECK(qpc_fd_take(dead_pidfd, 0, &err) < 0 && err.code == QPC_GONE, "code %d", err.code);
     /* A thread id that passed to another process, here of the very same layout, is left alone. */
@@ -479,6 +483,42 @@ static void case_no_descriptor_left(void)
     end_target();
 }
 
+/* A target that may not open the device is given it, and works on; nothing else stays open there. */
+static void case_device_passed(void)
+{
+    struct qpc_injection injection;
+    struct qpc_error err = { 0 };
+    int tid, device, fd;
+
+    if (geteuid() != 0) {
+        printf("root is needed\n");
+        exit(77);
+    }
+    sleeper_is_nobody = true;
+    start_target();
+    device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    CHECK(device >= 0, "/dev/userfaultfd cannot be opened");
+    tid = atomic_load(&shared->tids[SLEEP]);
+    CHECK(inject(&tid, 1, &injection, &err) < 0 && err.code == QPC_REFUSED, "code %d", err.code);
+    CHECK(injection.device_errno == EACCES && injection.passed_errno == EBADF, "errno %d %d",
+          injection.device_errno, injection.passed_errno);
+    for (int i = 0; i < 100; i++) {
+        int result = qpc_inject_userfaultfd(target, target_pidfd, &tid, 1, 50, 2000, device,
+                                            &injection, &err);
+
+        CHECK(result == 0, "%s (%d, %d)", err.message, injection.device_errno,
+              injection.passed_errno);
+        CHECK(injection.device_errno == EACCES, "errno %d", injection.device_errno);
+        fd = qpc_fd_take(target_pidfd, injection.remote_fd, &err);
+        CHECK(fd >= 0, "%s", err.message);
+        close(fd);
+    }
+    close(device);
+    check_device_closed();
+    check_target_unharmed();
+    end_target();
+}
+
 static void in_child(void (*body)(void))
 {
     int status;
@@ -544,6 +584,7 @@ int main(int argc, char **argv)
         { "stopped_process", case_stopped_process },
         { "no_descriptor_left", case_no_descriptor_left },
         { "no_right", case_no_right },
+        { "device_passed", case_device_passed },
     };
 
     for (size_t i = 0; argc == 2 && i < sizeof(cases) / sizeof(*cases); i++)

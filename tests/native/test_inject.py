@@ -22,7 +22,15 @@ def driver(build_driver: Callable[..., Path]) -> Path:
 
 @pytest.mark.parametrize(
     "case",
-    ["unnoticed", "blocked_thread", "gone", "stopped_process", "no_descriptor_left", "no_right"],
+    [
+        "unnoticed",
+        "blocked_thread",
+        "gone",
+        "stopped_process",
+        "no_descriptor_left",
+        "no_right",
+        "device_passed",
+    ],
 )
 def test_injection_in_c(driver: Path, case: str) -> None:
     ended = subprocess.run([str(driver), case], capture_output=True, text=True, timeout=120)

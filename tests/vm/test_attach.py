@@ -174,7 +174,7 @@ def test_running_guest_finds_no_bad_word_through_200_attaches(
                 tid = threads[number % len(threads)].tid
                 injection, error = ffi.new("struct qpc_injection *"), new_error()
                 result = lib.qpc_inject_userfaultfd(
-                    qemu.pid, qemu.identity.pidfd, [tid], 1, 2000, 2000, injection, error
+                    qemu.pid, qemu.identity.pidfd, [tid], 1, 2000, 2000, -1, injection, error
                 )
                 # A worker thread may have ended since it was listed; then nothing happens.
                 assert result == 0 or tid not in [t.tid for t in qemu.identity.threads()]
