@@ -10,13 +10,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
 
-from qemu_postcopy.errors import HostError, PostcopyError, UsageError
-from qemu_postcopy.sidecar.rundir import list_directories
+from qemu_postcopy.errors import HostError, UsageError
 from qemu_postcopy.status import collect
 
 PREFIX = "qemu_postcopy_"
@@ -28,7 +26,14 @@ COUNTERS = {
     "pages_prefetched": "Pages filled ahead of an expected fault.",
     "pages_zero": "Pages filled with known zeros.",
     "source_errors": "Failed or short reads of page data.",
+    "retries": "Attempts put off because memory was being given back.",
     "fill_errors": "Pages that could not be filled for want of memory and the like.",
+}
+BLOCK_GAUGES = {
+    "pages_data": "Pages of the block that the image has data for.",
+    "pages_data_missing": "Of these, not present yet.",
+    "pages_removed": "Pages of the block given back by the guest.",
+    "waiting": "Faults in the block that are not answered yet.",
 }
 GAUGES = {
     "faults_waiting": "Faults read and not answered.",
@@ -36,7 +41,6 @@ GAUGES = {
     "pages_data_missing": "Of these, not present yet.",
     "pages_removed": "Pages given back by the guest.",
 }
-ASKED_AT_ONCE = 16
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -54,21 +58,6 @@ def parse_address(text: str) -> tuple[str, int]:
     return address, int(port)
 
 
-def _guests() -> list[dict[str, Any]]:
-    def look(name: str) -> list[dict[str, Any]]:
-        try:
-            return collect(name)
-        except PostcopyError:
-            return []  # its directory went away meanwhile
-
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
-        return list(
-            itertools.chain.from_iterable(
-                executor.map(look, [directory.name for directory in list_directories()])
-            )
-        )
-
-
 class GuestCollector:
     """What prometheus-client asks at each scrape."""
 
@@ -80,7 +69,7 @@ class GuestCollector:
             HistogramMetricFamily,
         )
 
-        guests = _guests()
+        guests = collect()
         state = GaugeMetricFamily(
             PREFIX + "guest", "1 for each guest, by its state.", labels=["guest", "state"]
         )
@@ -106,6 +95,8 @@ class GuestCollector:
                     None if blocked_us is None else blocked_us / 1e6,
                 )
         yield from (state, trouble, latency)
+        yield from _vcpus(guests)
+        yield from _blocks(guests)
         for family, texts in ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES)):
             for key, text in texts.items():
                 metric = family(PREFIX + key, text, labels=["guest"])
@@ -113,6 +104,59 @@ class GuestCollector:
                     if key in guest["statistics"]:
                         metric.add_metric([guest["name"]], guest["statistics"][key])
                 yield metric
+
+
+def _vcpus(guests: list[dict[str, Any]]) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    each = CounterMetricFamily(
+        PREFIX + "vcpu_stopped_seconds",
+        "How long a virtual CPU waited for pages.",
+        labels=["guest", "vcpu"],
+    )
+    together = CounterMetricFamily(
+        PREFIX + "all_vcpus_stopped_seconds",
+        "How long all virtual CPUs waited for pages at the same time.",
+        labels=["guest"],
+    )
+    now = GaugeMetricFamily(
+        PREFIX + "vcpus_stopped", "Virtual CPUs that wait for a page.", labels=["guest"]
+    )
+    share = GaugeMetricFamily(
+        PREFIX + "async_fault_share",
+        "Share of faults that the kernel made on a virtual CPU's behalf, 0 to 1.",
+        labels=["guest"],
+    )
+    for guest in guests:
+        vcpus = guest["vcpus"]
+        if not vcpus:
+            continue
+        share.add_metric([guest["name"]], vcpus["async_share"])
+        for name, microseconds in vcpus["stopped_us"].items():
+            each.add_metric([guest["name"], name], microseconds / 1e6)
+        if vcpus["count"]:
+            together.add_metric([guest["name"]], vcpus["all_stopped_us"] / 1e6)
+            now.add_metric([guest["name"]], vcpus["stopped"])
+    yield from (each, together, now, share)
+
+
+def _blocks(guests: list[dict[str, Any]]) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    labels = ["guest", "block"]
+    faults = CounterMetricFamily(
+        PREFIX + "block_faults", "Faults read, by RAM block.", labels=labels
+    )
+    gauges = {
+        key: GaugeMetricFamily(PREFIX + "block_" + key, text, labels=labels)
+        for key, text in BLOCK_GAUGES.items()
+    }
+    for guest in guests:
+        for block in guest["blocks"]:
+            faults.add_metric([guest["name"], block["name"]], block["faults"])
+            for key, gauge in gauges.items():
+                gauge.add_metric([guest["name"], block["name"]], block[key])
+    yield from (faults, *gauges.values())
 
 
 def _buckets(latency_us: list[int]) -> list[tuple[str, float]]:

@@ -75,6 +75,7 @@ async def recover(
             paused=record.paused,
             working_set=False,
             drop_rights=drop_rights,
+            trace=Path(record.trace) if record.trace else None,
         )
         session = Session(Image.open(Path(record.image)), run, options, listener)
         session.attached_by = record.attached_by

@@ -272,7 +272,7 @@ def describe(session: Session) -> dict[str, Any]:
         "trouble": session.trouble(),
         "chaos": _chaos(session),
         "statistics": statistics,
-        "origins": session.origins(),
+        **session.told(),
     }
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import time
@@ -40,17 +39,16 @@ from qemu_postcopy.errors import (
 from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord, boot_id
 
 if TYPE_CHECKING:
+    from qemu_postcopy.accounts import Accounts
     from qemu_postcopy.image.image import Image
     from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
     from qemu_postcopy.paging.ledger import Ledger
     from qemu_postcopy.paging.pager import Pager, PagerBlock, Statistics
     from qemu_postcopy.paging.prefetch import WorkingSet
     from qemu_postcopy.paging.source import Source
-    from qemu_postcopy.paging.trace import TraceWriter
     from qemu_postcopy.vm.attach import TakenDescriptor
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
-    from qemu_postcopy.vm.origin import Origins
     from qemu_postcopy.vm.process import ProcessIdentity
     from qemu_postcopy.vm.qmp import Qmp
     from qemu_postcopy.vm.ways import AttachWay, WayChoice
@@ -88,6 +86,8 @@ ENTRANCES: dict[State, frozenset[State]] = {
 
 #: How long a guest runs before its first faults are noted.
 WORKING_SET_SECONDS = 1.0
+#: How long a taken-over guest's monitor may take to answer; an operator may be using it.
+MONITOR_SECONDS = 1.0
 #: States in which there is a guest to lose.
 GUEST_STATES = (State.LOADED, State.RUNNING, State.COMPLETE)
 #: States that ``session.json`` is written in; the sidecar itself tells of the others.
@@ -194,8 +194,8 @@ class Session:
         self.chaos_sources: list[ChaosSource] = []
         self._ledger: Ledger | None = None
         self._working_set: WorkingSet | None = None
-        self._origins: Origins | None = None
-        self._trace: TraceWriter | None = None
+        #: once there is a pager
+        self.accounts: Accounts | None = None
         self._resumed = False
         # Taken over, and not known yet whether there is a guest: then it counts as one.
         self._unsettled = False
@@ -309,14 +309,12 @@ class Session:
             self.run.ledger, [LedgerBlock(b.name, b.page_size, b.length) for b in blocks]
         )
         self._cleanup.callback(self._ledger.close)
-        if self.options.trace is not None:
-            self._open_trace(self.options.trace)
         noting = self.options.uses_working_set() and self._working_set is None
         pager = self._make_pager(blocks, note_first_faults=noting)
         if self._working_set is not None:
             pager.prefetch(self._working_set.pages(blocks))
-        if self._trace is not None:
-            pager.record(self._trace)
+        if self.options.trace is not None:
+            self._known_accounts().record(self.options.trace)
         self._register()
         # Before the pager's thread: each thread has rights of its own.
         if self.options.drop_rights:
@@ -363,7 +361,12 @@ class Session:
         self._cleanup.callback(self._ledger.close)
         self._ledger.require_sound()
         note_arrived(self._ledger, self._layout, self.identity)
-        pager = self._make_pager(self._pager_blocks())
+        pager = self._make_pager(self._pager_blocks(), threads=record.threads)
+        if self.options.trace is not None:
+            try:
+                self._known_accounts().record(self.options.trace, resume=True)
+            except PostcopyError as error:
+                log.warning("faults are not recorded any more: %s", error.message)
         if self.options.drop_rights:
             drop_ptrace_rights()
         pager.start()
@@ -451,19 +454,29 @@ class Session:
         self._enter(State.RUNNING)
 
     async def learn_threads(self) -> None:
-        """Asks QEMU who its threads are, for :meth:`origins`; lacking answers cost nothing.
+        """Asks QEMU who its threads are, for :meth:`told`; lacking answers cost nothing.
 
-        A guest that was taken over is not asked: its monitor is its operators'.
+        A guest that was taken over is asked only if the dead sidecar had not come so far: its
+        monitor is its operators'.
         """
-        if self._qmp is None:
+        if self.accounts is None or self.identity is None:
             return
-        origins = self._known_origins()
-        if origins is None:
-            return
+        if self._qmp is not None:
+            await self.accounts.learn(self._qmp)
+        elif not self.accounts.threads() and self.attached_by != "handshake":
+            await self._learn_threads_late()
+        with contextlib.suppress(OSError):
+            self.run.update_record(threads=self.accounts.threads())
+
+    async def _learn_threads_late(self) -> None:
+        from qemu_postcopy.vm.qmp import Qmp
+
+        assert self.accounts is not None
         try:
-            await origins.learn(self._qmp)
+            async with await Qmp.connect(self._qmp_path, timeout=MONITOR_SECONDS) as qmp:
+                await self.accounts.learn(qmp)
         except PostcopyError as error:
-            log.warning("QEMU does not tell its threads, faults are not told apart: %s", error)
+            log.info("the monitor is in use, faults are not told apart: %s", error.message)
 
     def has_guest(self) -> bool:
         """True while there is a guest that depends on this session."""
@@ -583,64 +596,15 @@ class Session:
         """The pager's counters; StateError before there is one."""
         return self._started_pager().statistics()
 
-    def _known_origins(self) -> Origins | None:
-        from qemu_postcopy.vm.origin import Origins
-
-        if self._origins is None and self.identity is not None:
-            self._origins = Origins(self.identity.pid)
-        return self._origins
-
-    def origins(self) -> dict[str, Any]:
-        """Faults, microseconds blocked and latencies by who faulted; empty before there is a
-        pager."""
-        origins = self._known_origins()
-        if origins is None or self.pager is None:
-            return {}
-        threads = self.pager.threads()
-        described = origins.describe(threads)
-        if self._trace is not None:
-            from qemu_postcopy.paging.trace import TraceThread
-
-            # Those that share a number have their own in the records, but no name.
-            self._trace.set_threads(
-                [TraceThread(t.tid, origins.name(t.tid)) for t in threads if t.tid > 0]
-            )
-        return described
-
-    def _open_trace(self, path: Path) -> None:
-        from qemu_postcopy.paging.trace import TraceBlock, TraceWriter
-
-        blocks = [
-            TraceBlock(block.name, block.address, block.size_bytes, block.page_size_bytes)
-            for block in self._layout
-        ]
-        self._trace = TraceWriter.create(path, blocks)
-
-        def close() -> None:
-            assert self._trace is not None
-            self._trace.close()
-            self._trace = None
-            if self.state is State.FAILED:  # a trace of nothing
-                path.unlink(missing_ok=True)
-
-        self._cleanup.callback(close)
+    def told(self) -> dict[str, Any]:
+        """``origins``, ``vcpus`` and ``blocks`` of `status`; all empty before there is a pager."""
+        if self.accounts is None:
+            return {"origins": {}, "vcpus": {}, "blocks": []}
+        return self.accounts.describe()
 
     def trouble(self) -> str:
         """Why faults wait, in words, or an empty string while all is well."""
-        if self.pager is None:
-            return ""
-        statistics = self.pager.statistics()
-        if not statistics.failing:
-            return ""
-        block = self._layout[statistics.last_error_block].name
-        if statistics.last_error == errno.ENODATA:
-            reason = "the image's page file was cut short: put its data back"
-        else:
-            reason = os.strerror(statistics.last_error)
-        return (
-            f"page {statistics.last_error_page} of block {block} cannot be had: {reason}; "
-            f"{statistics.faults_waiting} faults wait, and are tried again"
-        )
+        return self.accounts.trouble() if self.accounts is not None else ""
 
     # --- inside ----------------------------------------------------------------------------------
 
@@ -685,7 +649,9 @@ class Session:
             log.warning("session.json in %s cannot be written: %s", self.run.path, error)
 
     def _record(self) -> None:
-        identity = self.identity
+        identity, options = self.identity, self.options
+        # Before that they are asked for, and the guest's first instruction is waited for.
+        told = self.told() if self.state in (State.DETACHED, State.GONE) else {}
         self.run.write_record(
             SessionRecord(
                 image=str(self.image.path.absolute()),
@@ -696,21 +662,24 @@ class Session:
                 sidecar_pid=os.getpid(),
                 attached_by=self.attached_by,
                 userfaultfd=self._userfaultfd_number,
-                chunk_size=self.options.chunk_size or self.image.manifest.chunk_size_bytes,
+                chunk_size=options.chunk_size or self.image.manifest.chunk_size_bytes,
                 boot_id=boot_id(),
                 image_key=self.image.manifest.state.sha256,
                 owned=self.launched_ns != 0,
                 qmp=str(self._qmp_path),
-                paused=self.options.paused,
-                background=self.options.background,
-                background_rate=self.options.background_rate,
+                paused=options.paused,
+                background=options.background,
+                background_rate=options.background_rate,
                 blocks=[asdict(block) for block in self._layout],
                 # Nothing is counted when serving begins, and the guest waits for this file.
                 statistics={}
                 if self.pager is None or self.state is State.SERVING
                 else asdict(self.pager.statistics()),
-                # Before that they are asked for, and the guest's first instruction is waited for.
-                origins=self.origins() if self.state in (State.DETACHED, State.GONE) else {},
+                origins=told.get("origins", {}),
+                vcpus=told.get("vcpus", {}),
+                block_counts=told.get("blocks", []),
+                threads=self.accounts.threads() if self.accounts else {},
+                trace=str(options.trace.absolute()) if options.trace else "",
             )
         )
 
@@ -776,10 +745,17 @@ class Session:
             for block in self._layout
         ]
 
-    def _make_pager(self, blocks: list[PagerBlock], *, note_first_faults: bool = False) -> Pager:
+    def _make_pager(
+        self,
+        blocks: list[PagerBlock],
+        *,
+        note_first_faults: bool = False,
+        threads: dict[str, str] | None = None,
+    ) -> Pager:
+        from qemu_postcopy.accounts import Accounts
         from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager
 
-        assert self._ledger is not None
+        assert self._ledger is not None and self.identity is not None
         options = self.options
         spin = options.spin_limit_us
         self.pager = Pager(
@@ -793,8 +769,21 @@ class Session:
             spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,
             note_first_faults=note_first_faults,
         )
+        self.accounts = accounts = Accounts(
+            self.identity.pid,
+            self.pager,
+            self._layout,
+            f"the image {self.image.path}",
+            threads,
+        )
+        # A trace of nothing is not kept; and it is ended after the pager.
+        self._cleanup.callback(lambda: accounts.close(discard=self.state is State.FAILED))
         self._cleanup.callback(self.pager.close)
         return self.pager
+
+    def _known_accounts(self) -> Accounts:
+        assert self.accounts is not None
+        return self.accounts
 
     def _register(self) -> None:
         """Puts all memory under the userfaultfd, and makes sure that none of it is filled."""

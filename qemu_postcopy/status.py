@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from qemu_postcopy.errors import SidecarError
+from qemu_postcopy.errors import PostcopyError, SidecarError
 from qemu_postcopy.sidecar.control import ask
 from qemu_postcopy.sidecar.rundir import RunDirectory, boot_id, list_directories
 
 WATCH_SECONDS = 0.5
+ASKED_AT_ONCE = 16
 #: States in which a guest depends on its sidecar.
 DEPENDENT = ("serving", "loaded", "running", "complete")
 #: States in which a restore has a QEMU but no guest.
@@ -27,13 +29,30 @@ def collect(name: str | None = None) -> list[dict[str, Any]]:
     needs it; `ended` where QEMU is gone), ``pid``, ``image``, ``trouble`` (a sentence, or empty),
     ``chaos`` (None, or which page data fails on purpose and how often it did),
     ``statistics`` (as :class:`qemu_postcopy.paging.pager.Statistics`), ``origins`` (by who faulted:
-    ``faults``, ``blocked_us``, ``latency_us``; see :mod:`qemu_postcopy.vm.origin`).
+    ``faults``, ``blocked_us``, ``waiting`` now and for ``waiting_us``, ``latency_us``; see
+    :mod:`qemu_postcopy.vm.origin`), ``vcpus`` (``count`` of their threads, how many are ``stopped``
+    by a missing page now, for how long each was in all, ``stopped_us``, and all at the same time,
+    ``all_stopped_us``; ``async_share`` of all faults, 0 to 1, that the kernel made on their
+    behalf), ``blocks`` (each with ``name``, ``page_size``, ``pages``, ``faults``, ``waiting``,
+    ``pages_data``, ``pages_data_missing``, ``pages_removed``).  Counts begin anew when another
+    sidecar takes over.
 
     Raises:
         SidecarError: no guest of that name is known.
     """
-    directories = [RunDirectory.find(name)] if name else list_directories()
-    return [_entry(directory) for directory in directories]
+    if name:
+        return [_entry(RunDirectory.find(name))]
+    # All at the same time: one that does not answer must not keep the others from being seen.
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
+        found = executor.map(_entry_if_there, list_directories())
+        return [entry for entry in found if entry is not None]
+
+
+def _entry_if_there(directory: RunDirectory) -> dict[str, Any] | None:
+    try:
+        return _entry(directory)
+    except (PostcopyError, OSError):
+        return None  # it went away meanwhile, or is damaged: `status NAME` says which
 
 
 def _entry(directory: RunDirectory) -> dict[str, Any]:
@@ -48,6 +67,8 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
         "chaos": None,
         "statistics": record.statistics,
         "origins": record.origins,
+        "vcpus": record.vcpus,
+        "blocks": record.block_counts,
     }
     if record.boot_id and record.boot_id != boot_id():
         return {**entry, "state": "ended", "trouble": "the host was started again since"}
@@ -93,6 +114,8 @@ def _table(guests: list[dict[str, Any]]) -> RenderableType:
         )
         if guest["origins"]:
             table.add_row("", f"[dim]{_origins_line(guest['origins'])}[/dim]")
+        if guest["vcpus"].get("count"):
+            table.add_row("", f"[dim]{vcpus_line(guest['vcpus'])}[/dim]")
         if guest["chaos"]:
             table.add_row("", f"[yellow]{_chaos_line(guest['chaos'])}[/yellow]")
         if guest["trouble"]:
@@ -109,6 +132,17 @@ def _origins_line(origins: dict[str, Any]) -> str:
         for name, entry in sorted(origins.items(), key=lambda item: -item[1]["faults"])
     ]
     return "faults of " + ", ".join(parts)
+
+
+def vcpus_line(vcpus: dict[str, Any]) -> str:
+    """How long virtual CPUs were stopped, in words."""
+    now = f", {vcpus['stopped']} now" if vcpus["stopped"] else ""
+    each = sum(vcpus["stopped_us"].values()) / 1000
+    return (
+        f"vCPUs ({vcpus['count']}) stopped for {each:.1f} ms together{now}, all at once for "
+        f"{vcpus['all_stopped_us'] / 1000:.1f} ms; asynchronous: "
+        f"{100 * vcpus['async_share']:.0f} % of faults"
+    )
 
 
 def _chaos_line(chaos: dict[str, Any]) -> str:

@@ -172,6 +172,9 @@ static void count_pages(struct qpc_pager *p)
         COUNT(p->statistics.pages_data, data);
         COUNT(p->statistics.pages_data_missing, missing);
         COUNT(p->statistics.pages_removed, removed);
+        SET(b->account.pages_data, data);
+        SET(b->account.pages_data_missing, missing);
+        SET(b->account.pages_removed, removed);
     }
 }
 

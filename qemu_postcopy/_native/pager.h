@@ -90,6 +90,10 @@ struct qpc_pager_statistics {
     uint64_t last_error_block;   /* index */
     uint64_t last_error_page;    /* index */
     uint64_t failing;            /* faults (and the background, as one) that wait for data now */
+    uint64_t reading_since_ns;   /* a read of the source is under way: CLOCK_MONOTONIC since when
+                                    somebody waits for it; 0 = none is */
+    uint64_t reading_block;      /* index; of the read that is under way, or was last */
+    uint64_t reading_page;       /* index */
     uint64_t spins_hit;          /* a fault came while polling */
     uint64_t spins_missed;
     uint64_t started_ns;         /* CLOCK_MONOTONIC of qpc_pager_start() */

@@ -34,10 +34,14 @@ static void set_page_state(struct qpc_pager *p, struct block *b, uint64_t page, 
     int was_missing = old == QPC_PAGE_MISSING || old == QPC_PAGE_FILLING;
     int is_missing = state == QPC_PAGE_MISSING || state == QPC_PAGE_FILLING;
 
-    if (has_data(b, page) && was_missing != is_missing)
+    if (has_data(b, page) && was_missing != is_missing) {
         COUNT(p->statistics.pages_data_missing, is_missing ? 1u : (uint64_t)-1);
-    if (state == QPC_PAGE_REMOVED && old != QPC_PAGE_REMOVED)
+        COUNT(b->account.pages_data_missing, is_missing ? 1u : (uint64_t)-1);
+    }
+    if (state == QPC_PAGE_REMOVED && old != QPC_PAGE_REMOVED) {
         COUNT(p->statistics.pages_removed, 1u);
+        COUNT(b->account.pages_removed, 1u);
+    }
     /* Release: at take-over 'filled' must never be seen without the COPY that it stands for. */
     __atomic_store_n(&b->is.ledger[page], state, __ATOMIC_RELEASE);
 }
@@ -62,11 +66,20 @@ static struct block *block_at(struct qpc_pager *p, uint64_t address)
 
 void qpc_pager_queue_fault(struct qpc_pager *p, const struct fault *fault)
 {
+    struct fault *place;
+
     if (p->queue_count == QPC_PAGER_QUEUE_LENGTH) {
         p->faults_dropped = 1;
+        if (fault->counted)
+            qpc_pager_account_end(p, fault, now_ns());
         return;
     }
-    p->queue[(p->queue_head + p->queue_count++) % QPC_PAGER_QUEUE_LENGTH] = *fault;
+    place = &p->queue[(p->queue_head + p->queue_count++) % QPC_PAGER_QUEUE_LENGTH];
+    *place = *fault;
+    if (!place->counted) {
+        place->counted = 1;
+        qpc_pager_account_begin(p, place);
+    }
     SET(p->statistics.faults_waiting, p->queue_count);
 }
 
@@ -102,6 +115,7 @@ static void note_fault(struct qpc_pager *p, uint64_t address, uint32_t tid, uint
             .slot = slot,
         };
 
+        COUNT(b->account.faults, 1u);
         if (p->noting_first_faults)
             qpc_pager_note_first_fault(p, fault.block, fault.page, now);
         qpc_pager_queue_fault(p, &fault);

@@ -50,6 +50,14 @@ static void wake_afterwards(struct qpc_pager *p, uint64_t start, uint64_t length
     p->wakes[p->wake_count++].length = length;
 }
 
+/* Whoever waits can be told what for, should the source not answer. */
+static void note_reading(struct qpc_pager *p, const struct block *b, uint64_t page, uint64_t since_ns)
+{
+    SET(p->statistics.reading_block, (uint64_t)(b - p->blocks));
+    SET(p->statistics.reading_page, page);
+    SET(p->statistics.reading_since_ns, since_ns);
+}
+
 /*
  * Pages [first, last) were read: counts them. What the source has where the bitmap says zero means
  * nothing (mapped-ram leaves stale data).
@@ -66,9 +74,12 @@ static void note_read(struct qpc_pager *p, const struct block *b, uint64_t first
 /* Reads pages [first, last) into the buffer: all of them, or an errno says why not. */
 static int read_source(struct qpc_pager *p, const struct block *b, uint64_t first, uint64_t last)
 {
-    int errnum = qpc_source_read(b->is.source, b->is.source_offset + (first << b->page_shift),
-                                 (last - first) << b->page_shift, p->buffer);
+    int errnum;
 
+    note_reading(p, b, first, now_ns());
+    errnum = qpc_source_read(b->is.source, b->is.source_offset + (first << b->page_shift),
+                             (last - first) << b->page_shift, p->buffer);
+    SET(p->statistics.reading_since_ns, 0);
     if (!errnum)
         note_read(p, b, first, last, p->buffer);
     return errnum;
@@ -318,12 +329,12 @@ static enum fill serve_page(struct qpc_pager *p, struct block *b, uint64_t page)
 
 static void note_latency(struct qpc_pager *p, const struct fault *fault, uint64_t now)
 {
-    uint64_t ns = now - fault->read_ns, us = ns / 1000;
+    uint64_t us = (now - fault->read_ns) / 1000;
     unsigned bucket = us ? 64u - (unsigned)__builtin_clzll(us) : 0;
 
     bucket = bucket < 24 ? bucket : 23;
     COUNT(p->statistics.latency_us[bucket], 1u);
-    qpc_pager_account_answer(p, fault->slot, bucket, ns);
+    qpc_pager_account_answer(p, fault, bucket, now);
 }
 
 static void note_answered(struct qpc_pager *p, const struct fault *fault, uint64_t now)
@@ -382,6 +393,7 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
         case FILL_GONE:
             /* Nobody can be waiting for it properly: let the thread see for itself. */
             wake(p, b->is.address + (fault.page << b->page_shift), b->is.page_size);
+            qpc_pager_account_end(p, &fault, now);
             if (p->trace)
                 qpc_pager_trace_answer(p, &fault, now, 1);
             return;
@@ -477,8 +489,11 @@ static uint32_t serve_batch(struct qpc_pager *p, uint32_t most)
         for (next = i + 1; next < count; next++)
             if (p->blocks[planned[next].fault.block].is.source != source)
                 break;
+        note_reading(p, &p->blocks[planned[i].fault.block], planned[i].fault.page,
+                     planned[i].fault.read_ns);
         qpc_source_read_parts(source, &parts[i], next - i);
     }
+    SET(p->statistics.reading_since_ns, 0);
     p->wake_later = count >= WAKE_TOGETHER;
     for (uint32_t i = 0; i < count; i++) {
         struct block *b = &p->blocks[planned[i].fault.block];

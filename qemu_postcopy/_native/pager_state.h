@@ -4,7 +4,7 @@
  *   pager_events.c   messages of the userfaultfd into the queue and the ledger
  *   pager_fill.c     the queue answered, the rest filled in the background
  *   pager_prefetch.c what the first faults were, and filling those pages ahead the next time
- *   pager_account.c  faults and waiting counted by thread
+ *   pager_account.c  faults and waiting counted by thread and by block, virtual CPUs stopped
  *   pager_trace.c    each fault recorded in memory that others read
  *   pager.c          life cycle, the thread's loop, waiting
  *
@@ -42,6 +42,9 @@ struct block {
     uint64_t cursor;        /* where the background goes on: after the last fault */
     uint64_t unmapped_from; /* pages [from, to) are gone from the mapper; from == to: none */
     uint64_t unmapped_to;
+    struct {
+        _Atomic uint64_t faults, waiting, pages_data, pages_data_missing, pages_removed;
+    } account; /* struct qpc_block_account */
 };
 
 struct fault {
@@ -52,7 +55,8 @@ struct fault {
     uint32_t tid;
     uint16_t attempts;
     uint16_t failed : 1; /* source or memory could not be had, rather than an event being first */
-    uint16_t slot : 15;  /* of the thread, in origins */
+    uint16_t counted : 1; /* among those that wait */
+    uint16_t slot : 14;  /* of the thread, in origins */
 };
 
 struct qpc_pager {
@@ -113,14 +117,21 @@ struct qpc_pager {
         _Atomic uint64_t state, faults, faults_waiting, pages_total, pages_data, pages_data_missing,
             pages_demand, pages_background, pages_prefetched, pages_zero, pages_removed, bytes_read, already_present,
             retries, events_remove, events_unmap, events_other, wakes, source_errors, fill_errors,
-            last_error, last_error_block, last_error_page, failing, spins_hit, spins_missed, started_ns,
+            last_error, last_error_block, last_error_page, failing, reading_since_ns, reading_block,
+            reading_page, spins_hit, spins_missed, started_ns,
             first_fault_ns, last_fault_ns, complete_ns, latency_us[24];
         _Atomic uint32_t timeline[2048];
     } statistics;
 
     struct {
-        _Atomic uint64_t tid, faults, blocked_ns, latency_us[24];
+        _Atomic uint64_t tid, faults, blocked_ns, waiting, waiting_since_ns, latency_us[24];
     } origins[QPC_ORIGIN_SLOTS];
+    uint8_t is_vcpu[QPC_ORIGIN_SLOTS];
+    uint32_t vcpu_version; /* of what was said of them that is heeded */
+    struct {
+        _Atomic uint64_t count, stopped, all_stopped_ns, all_stopped_since_ns;
+    } vcpus; /* struct qpc_vcpu_account */
+    _Atomic uint32_t named_vcpu_version, named_vcpu_count, named_vcpus[QPC_ORIGIN_TABLE];
 
     uint32_t block_count;
     struct block blocks[];
@@ -204,8 +215,11 @@ void qpc_pager_note_first_fault(struct qpc_pager *p, uint32_t block, uint64_t pa
 /* The slot of a thread, taken for it if it has none; tid 0 = not known. */
 uint16_t qpc_pager_origin_slot(struct qpc_pager *p, uint32_t tid);
 
-/* Counts an answer after so many nanoseconds, which belong in this bucket of latency_us. */
-void qpc_pager_account_answer(struct qpc_pager *p, uint16_t slot, unsigned bucket, uint64_t ns);
+/* A fault begins to wait; it ends to, answered or not; it was answered, in this bucket of latency_us. */
+void qpc_pager_account_begin(struct qpc_pager *p, const struct fault *fault);
+void qpc_pager_account_end(struct qpc_pager *p, const struct fault *fault, uint64_t now);
+void qpc_pager_account_answer(struct qpc_pager *p, const struct fault *fault, unsigned bucket,
+                              uint64_t now);
 
 /* Fills one page ahead; returns 0 where nothing is left to be. */
 int qpc_pager_fill_ahead(struct qpc_pager *p);

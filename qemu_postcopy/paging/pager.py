@@ -16,7 +16,14 @@ from typing import Self
 
 from qemu_postcopy._native import check, ffi, lib, new_error, raise_error
 from qemu_postcopy.errors import UsageError
-from qemu_postcopy.paging.account import ThreadFaults, read_threads
+from qemu_postcopy.paging.account import (
+    BlockCounts,
+    ThreadFaults,
+    VcpuCounts,
+    read_blocks,
+    read_threads,
+    read_vcpus,
+)
 from qemu_postcopy.paging.ledger import Ledger
 from qemu_postcopy.paging.source import Source
 from qemu_postcopy.paging.trace import TraceWriter
@@ -90,6 +97,9 @@ class Statistics:
     last_error_block: int
     last_error_page: int
     failing: int
+    reading_since_ns: int
+    reading_block: int
+    reading_page: int
     spins_hit: int
     spins_missed: int
     started_ns: int
@@ -183,6 +193,8 @@ class Pager:
             self._buffers = buffers.pop_all()
         self._last: Statistics | None = None
         self._last_threads: list[ThreadFaults] = []
+        self._last_blocks: list[BlockCounts] = []
+        self._last_vcpus = VcpuCounts(0, 0, 0, 0)
 
     def prefetch(self, pages: Sequence[tuple[int, int]]) -> None:
         """Has these pages (indices of block and page) filled first of all.
@@ -221,6 +233,8 @@ class Pager:
         if self._pager != ffi.NULL:
             self._last = self.statistics()
             self._last_threads = self.threads()
+            self._last_blocks = self.block_counts()
+            self._last_vcpus = self.vcpus()
             lib.qpc_pager_destroy(self._pager)
             self._pager = ffi.NULL
             self._buffers.close()
@@ -261,6 +275,25 @@ class Pager:
         if self._pager == ffi.NULL:
             return self._last_threads
         return read_threads(self._pager)
+
+    def block_counts(self) -> list[BlockCounts]:
+        """What became of each block, in their order; after :meth:`close` as it was last."""
+        if self._pager == ffi.NULL:
+            return self._last_blocks
+        return read_blocks(self._pager, len(self.blocks))
+
+    def name_vcpus(self, tids: Sequence[int]) -> None:
+        """Says which threads run virtual CPUs, so that :meth:`vcpus` can tell when all wait.
+
+        ``tids`` as :meth:`threads` has them.  Again whenever that changes.
+        """
+        lib.qpc_pager_name_vcpus(self._pager, list(tids), len(tids))
+
+    def vcpus(self) -> VcpuCounts:
+        """The virtual CPUs as a whole; after :meth:`close` as it was last."""
+        if self._pager == ffi.NULL:
+            return self._last_vcpus
+        return read_vcpus(self._pager)
 
     def __enter__(self) -> Self:
         return self

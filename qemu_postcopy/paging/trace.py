@@ -24,8 +24,8 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -95,11 +95,15 @@ class TraceThread:
 class TraceWriter:
     """A trace for one pager.  It must be closed after the pager.
 
-    ``set_threads`` is for one thread of the control plane; the records are the pager thread's.
+    Made by :meth:`create` or :meth:`resume`.  ``set_threads`` is for one thread of the control
+    plane; the records are the pager thread's.
     """
 
-    def __init__(self, path: Path, mapping: mmap.mmap) -> None:
+    def __init__(
+        self, path: Path, mapping: mmap.mmap, threads: Mapping[int, str] | None = None
+    ) -> None:
         self.path = path
+        self._threads = dict(threads or {})
         self.mapping = mapping
         self.buffer = ffi.from_buffer("uint8_t[]", mapping, require_writable=True)
         self.trace = ffi.cast("struct qpc_trace *", self.buffer + COUNTERS_OFFSET)
@@ -157,16 +161,44 @@ class TraceWriter:
         )
         return cls(path, mapping)
 
-    def set_threads(self, threads: Sequence[TraceThread]) -> None:
-        """Notes what the threads are, in place of what was noted before."""
-        for index, thread in enumerate(threads[:MOST_THREADS]):
+    @classmethod
+    def resume(cls, path: Path, blocks: Sequence[TraceBlock]) -> Self:
+        """Goes on with a trace of the same guest whose writer was killed, where it had ended.
+
+        Raises:
+            ImageError: it is damaged, or of other blocks.
+            HostError: it is gone, or not ours.
+        """
+        with Trace(path) as trace:
+            if trace.blocks != [replace(block, name=block.name[:104]) for block in blocks]:
+                raise ImageError(
+                    f"the trace {path} is of other memory", hint="was it moved or replaced?"
+                )
+            size = RECORDS_OFFSET + trace.capacity * RECORD.size
+            threads = {thread.tid: thread.origin for thread in trace.threads}
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                # Room that is not there would end the pager with SIGBUS.
+                os.posix_fallocate(descriptor, 0, size)
+                mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise HostError(
+                f"the trace {path} cannot be gone on with: {error.strerror}",
+                hint="what it holds so far is whole",
+            ) from error
+        return cls(path, mapping, threads)
+
+    def set_threads(self, threads: Mapping[int, str]) -> None:
+        """Notes who the threads are, by their ids; what was noted before stays."""
+        self._threads.update(threads)
+        for index, (tid, origin) in enumerate(list(self._threads.items())[:MOST_THREADS]):
             THREAD.pack_into(
-                self.mapping,
-                THREADS_OFFSET + index * THREAD.size,
-                thread.tid,
-                thread.origin.encode()[:28],
+                self.mapping, THREADS_OFFSET + index * THREAD.size, tid, origin.encode()[:28]
             )
-        count = min(len(threads), MOST_THREADS)
+        count = min(len(self._threads), MOST_THREADS)
         struct.pack_into("<I", self.mapping, THREAD_COUNT_OFFSET, count)
 
     def close(self) -> None:
@@ -211,13 +243,19 @@ class Trace:
         self.started_ns, self.realtime_ns, blocks, threads = rest
         if (version, record_size) != (VERSION, RECORD.size):
             raise self._damaged(f"its version {version} is not known here")
-        if count > capacity or blocks > MOST_BLOCKS or threads > MOST_THREADS:
+        if (
+            count > capacity
+            or not 0 < capacity <= MOST_RECORDS
+            or blocks > MOST_BLOCKS
+            or threads > MOST_THREADS
+        ):
             raise self._damaged("its header is damaged")
         if RECORDS_OFFSET + count * RECORD.size > size:
             raise self._damaged("it was cut short")
         self.blocks = [self._block(index) for index in range(blocks)]
         self.threads = [self._thread(index) for index in range(threads)]
         self.count = count
+        self.capacity = capacity
 
     def _damaged(self, what: str) -> ImageError:
         return ImageError(f"{self.path}: {what}", hint="give a file of `restore --trace`")

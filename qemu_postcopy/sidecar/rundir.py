@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -81,6 +82,13 @@ class SessionRecord:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, Any] = field(default_factory=dict)
+    #: see :func:`qemu_postcopy.status.collect`
+    vcpus: dict[str, Any] = field(default_factory=dict)
+    block_counts: list[dict[str, Any]] = field(default_factory=list)
+    #: names of QEMU's threads by their ids, once it was asked
+    threads: dict[str, str] = field(default_factory=dict)
+    #: the file that every fault is recorded in
+    trace: str = ""
 
 
 class RunDirectory:
@@ -284,11 +292,12 @@ def list_directories(base: Path | None = None) -> list[RunDirectory]:
     base = base or base_directory()
     if not base.is_dir():
         return []
-    return [
-        RunDirectory(path)
-        for path in sorted(base.iterdir())
-        if (path / "session.json").exists() and path.stat().st_uid == os.geteuid()
-    ]
+    found = []
+    for path in sorted(base.iterdir()):
+        with suppress(FileNotFoundError):  # it went away meanwhile
+            if (path / "session.json").exists() and path.stat().st_uid == os.geteuid():
+                found.append(RunDirectory(path))
+    return found
 
 
 def _check_owner(path: Path) -> None:

@@ -10,7 +10,7 @@ guest's filling are taken for the first thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ KERNEL_THREAD = 0x00200000
 class Origins:
     """Names of the threads that fault for one QEMU."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, told: Mapping[str, str] | None = None) -> None:
+        """``told`` is what :meth:`told` has returned to somebody else for this QEMU."""
         self.pid = pid
-        self._names: dict[int, str] = {UNKNOWN: "unknown", OTHER: "other"}
+        self._told = {int(tid): name for tid, name in (told or {}).items()}
+        self._names: dict[int, str] = {UNKNOWN: "unknown", OTHER: "other", **self._told}
 
     async def learn(self, qmp: Qmp) -> None:
         """Asks QEMU which threads are its virtual CPUs and I/O threads; raises QmpError.
@@ -38,9 +40,18 @@ class Origins:
         the first.
         """
         for cpu in reversed(await qmp.execute("query-cpus-fast")):
-            self._names[int(cpu["thread-id"])] = f"vCPU {cpu['cpu-index']}"
+            self._told[int(cpu["thread-id"])] = f"vCPU {cpu['cpu-index']}"
         for thread in await qmp.execute("query-iothreads"):
-            self._names[int(thread["thread-id"])] = f"I/O thread {thread['id']}"
+            self._told[int(thread["thread-id"])] = f"I/O thread {thread['id']}"
+        self._names.update(self._told)
+
+    def told(self) -> dict[str, str]:
+        """Names by thread id (as text) of what QEMU itself has said; empty before it was asked."""
+        return {str(tid): name for tid, name in self._told.items()}
+
+    def vcpus(self) -> list[int]:
+        """The threads that run virtual CPUs, as far as QEMU has said."""
+        return [tid for tid, name in self._told.items() if name.startswith("vCPU ")]
 
     def name(self, tid: int) -> str:
         """Of a thread: `vCPU n`, `I/O thread id`, `main loop`, `worker` (any other of QEMU),
@@ -63,16 +74,30 @@ class Origins:
             return ASYNC
         return None
 
-    def describe(self, threads: Iterable[ThreadFaults]) -> dict[str, Any]:
-        """Faults, microseconds blocked and latencies by name; see ThreadFaults."""
+    def describe(self, threads: Iterable[ThreadFaults], now_ns: int) -> dict[str, Any]:
+        """Faults, microseconds blocked and latencies by name; see ThreadFaults.
+
+        ``waiting`` faults are not answered yet, and the longest has waited for ``waiting_us`` until
+        ``now_ns`` (CLOCK_MONOTONIC); that time counts in ``blocked_us`` already.
+        """
         ret: dict[str, Any] = {}
         for thread in threads:
             entry = ret.setdefault(
                 self.name(thread.tid),
-                {"faults": 0, "blocked_us": 0, "latency_us": [0] * len(thread.latency_us)},
+                {
+                    "faults": 0,
+                    "blocked_us": 0,
+                    "waiting": 0,
+                    "waiting_us": 0,
+                    "latency_us": [0] * len(thread.latency_us),
+                },
             )
+            since = thread.waiting_since_ns
+            waiting_us = max(0, now_ns - since) // 1000 if since else 0
             entry["faults"] += thread.faults
-            entry["blocked_us"] += thread.blocked_ns // 1000
+            entry["blocked_us"] += thread.blocked_ns // 1000 + waiting_us
+            entry["waiting"] += thread.waiting
+            entry["waiting_us"] = max(entry["waiting_us"], waiting_us)
             entry["latency_us"] = [
                 a + b for a, b in zip(entry["latency_us"], thread.latency_us, strict=True)
             ]

@@ -105,15 +105,20 @@ class Mapper:
         """Reads the first 8 bytes of a page, which may fault."""
         return self.do("read", page).to_bytes(8, "little")
 
-    def blocked_threads(self) -> int:
-        """How many of its threads wait for a page."""
-        count = 0
+    def blocked_tids(self) -> list[int]:
+        """Those of its threads that wait for a page."""
+        tids = []
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             try:
-                count += (task / "wchan").read_text() == "handle_userfault"
+                if (task / "wchan").read_text() == "handle_userfault":
+                    tids.append(int(task.name))
             except OSError:
                 continue
-        return count
+        return tids
+
+    def blocked_threads(self) -> int:
+        """How many of its threads wait for a page."""
+        return len(self.blocked_tids())
 
     def wait_blocked(self, threads: int) -> None:
         """Until that many threads wait for a page."""

@@ -54,7 +54,7 @@ def test_a_full_trace_stays_and_counts_what_is_lost(serve: Serve) -> None:
     for page in range(PAGES):
         guest.mapper.first_word(page)
     assert guest.trace is not None
-    guest.trace.set_threads([TraceThread(7, "vCPU 0")])
+    guest.trace.set_threads({7: "vCPU 0"})
     with settled(guest) as trace:
         assert len(list(trace)) == 10
         assert trace.lost == guest.statistics.faults - 10 > 0

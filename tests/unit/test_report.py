@@ -14,7 +14,6 @@ from qemu_postcopy.paging.trace import (
     RECORD,
     RECORDS_OFFSET,
     TraceBlock,
-    TraceThread,
     TraceWriter,
 )
 
@@ -23,7 +22,7 @@ from qemu_postcopy.paging.trace import (
 def test_the_page_stands_alone(tmp_path: Path, count: int) -> None:
     path = tmp_path / "t"
     writer = TraceWriter.create(path, [TraceBlock("<m0>", 1 << 32, 16 * 4096, 4096)], 100)
-    writer.set_threads([TraceThread(7, "vCPU 0"), TraceThread(8, "main loop")])
+    writer.set_threads({7: "vCPU 0", 8: "main loop"})
     for i in range(count):
         record = RECORD.pack(10**9 + i * 1000, 7 + i % 2, i % 16, i * 1000, 0, 0, 0)
         start = RECORDS_OFFSET + i * RECORD.size

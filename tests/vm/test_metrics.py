@@ -63,6 +63,11 @@ def test_each_scrape_has_the_figures_of_that_moment(
         statistics = guest.status()["statistics"]
         faults = ("qemu_postcopy_faults_total", name)
         assert 0 < first[faults] < values[faults] <= statistics["faults"]
+        assert values["qemu_postcopy_vcpu_stopped_seconds_total", name, "vCPU 0"] > 0
+        assert values["qemu_postcopy_all_vcpus_stopped_seconds_total", name] > 0
+        assert values["qemu_postcopy_async_fault_share", name] == 0
+        assert 0 < values["qemu_postcopy_block_faults_total", "m0", name] <= statistics["faults"]
+        assert values["qemu_postcopy_retries_total", name] <= statistics["retries"]
         assert values["qemu_postcopy_pages_data", name] == statistics["pages_data"]
         assert values["qemu_postcopy_fault_latency_seconds_sum", name, "vCPU 0"] > 0
         count = values["qemu_postcopy_fault_latency_seconds_count", name, "vCPU 0"]
