@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.paging.pager import Pager
     from qemu_postcopy.paging.trace import TraceBlock, TraceWriter
     from qemu_postcopy.vm.layout import RamBlock
-    from qemu_postcopy.vm.qmp import Qmp
+    from qemu_postcopy.vm.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Accounts:
 
     # --- threads ---------------------------------------------------------------------------------
 
-    async def learn(self, qmp: Qmp) -> None:
+    async def learn(self, qmp: Monitor) -> None:
         """Asks QEMU who its threads are; lacking answers cost no more than the names."""
         try:
             await self._origins.learn(qmp)

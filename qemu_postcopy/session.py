@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from qemu_postcopy.vm.attach import TakenDescriptor
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
+    from qemu_postcopy.vm.monitor import Monitor
     from qemu_postcopy.vm.process import ProcessIdentity
-    from qemu_postcopy.vm.qmp import Qmp
     from qemu_postcopy.vm.ways import AttachWay, WayChoice
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class Session:
         self._listener = listener
         self._began = time.monotonic()
         self._owned: QemuProcess | None = None
-        self._qmp: Qmp | None = None
+        self._qmp: Monitor | None = None
         self._layout: list[RamBlock] = []
         #: how the userfaultfd is had
         self.attached_by = "ptrace"

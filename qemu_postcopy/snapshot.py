@@ -37,6 +37,7 @@ from qemu_postcopy.vm import migration
 from qemu_postcopy.vm.guard import Guard
 from qemu_postcopy.vm.launch import OPERATOR_ID
 from qemu_postcopy.vm.layout import parse_ramblocks
+from qemu_postcopy.vm.monitor import Monitor
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.qmp import Qmp
 from qemu_postcopy.vm.refusals import refusals
@@ -141,7 +142,7 @@ async def snapshot(
 
 
 async def _save(
-    qmp: Qmp,
+    qmp: Monitor,
     writer: ImageWriter,
     names: list[str],
     max_downtime_ms: int | None,
@@ -176,7 +177,7 @@ async def _save(
     return summaries[0]
 
 
-async def _run_on(qmp: Qmp) -> None:
+async def _run_on(qmp: Monitor) -> None:
     try:
         await migration.let_run(qmp)
     except PostcopyError as error:
@@ -203,13 +204,13 @@ async def _in_thread(finish: Callable[..., Image], progress: ByteProgress | None
         raise
 
 
-async def _report(qmp: Qmp, progress: ByteProgress) -> None:
+async def _report(qmp: Monitor, progress: ByteProgress) -> None:
     while True:
         await asyncio.sleep(PROGRESS_SECONDS)
         progress(*await migration.progress_of(qmp))
 
 
-async def _lazy_blocks(qmp: Qmp) -> dict[str, int]:
+async def _lazy_blocks(qmp: Monitor) -> dict[str, int]:
     """The RAM blocks that belong to memory back-ends, with their page sizes in bytes."""
     backends = {entry["id"] for entry in await qmp.memory_backends()}
     listed = parse_ramblocks(await qmp.human("info ramblock"))

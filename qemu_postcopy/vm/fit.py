@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from qemu_postcopy.errors import LaunchError, MismatchError, PostcopyError, StateError
 from qemu_postcopy.image.manifest import Manifest
 from qemu_postcopy.vm.layout import RamBlock, read_layout
+from qemu_postcopy.vm.monitor import Monitor
 from qemu_postcopy.vm.opening import Question
 from qemu_postcopy.vm.process import ProcessIdentity
-from qemu_postcopy.vm.qmp import Qmp
 from qemu_postcopy.vm.refusals import refusals
 
 #: What :func:`check_fit` asks of every QEMU, to be asked ahead; what is missing here is asked then.
@@ -36,7 +36,7 @@ QUESTIONS: tuple[Question, ...] = (
 
 
 async def check_fit(
-    qmp: Qmp, identity: ProcessIdentity, manifest: Manifest, *, allow_newer: bool
+    qmp: Monitor, identity: ProcessIdentity, manifest: Manifest, *, allow_newer: bool
 ) -> list[RamBlock]:
     """The RAM blocks of a QEMU that fits.
 

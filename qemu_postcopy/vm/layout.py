@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qemu_postcopy.errors import AttachError, QmpError
+from qemu_postcopy.vm.monitor import Monitor
 from qemu_postcopy.vm.process import FileKey, Mapping, ProcessIdentity
-from qemu_postcopy.vm.qmp import Qmp
 
 Backing = Literal["anonymous", "memfd", "file", "hugetlb"]
 
@@ -127,7 +127,7 @@ def parse_flat_view(text: str, address_space: str = "memory") -> list[FlatRange]
     return []
 
 
-async def read_layout(qmp: Qmp, identity: ProcessIdentity) -> list[RamBlock]:
+async def read_layout(qmp: Monitor, identity: ProcessIdentity) -> list[RamBlock]:
     """Every RAM block that belongs to a memory back-end, in the order of their names.
 
     Raises: AttachError, with the block's name, where an address cannot be had with certainty or
@@ -177,7 +177,7 @@ def _begins_at(first_page: str, block: ListedBlock, mappings: Iterable[Mapping])
     return address if whole else None
 
 
-async def _address_of(qmp: Qmp, block: ListedBlock, ranges: Iterable[FlatRange]) -> int:
+async def _address_of(qmp: Monitor, block: ListedBlock, ranges: Iterable[FlatRange]) -> int:
     """For a QEMU that does not state it: each part of the block that the guest sees is asked for,
     and all answers must lead to one beginning. `gpa2hva` looks up, it touches no memory."""
     begins = set()

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from qemu_postcopy.errors import MismatchError, QmpError, StateError
+from qemu_postcopy.vm.monitor import CommandError, EventListener, Message, Monitor
 from qemu_postcopy.vm.opening import Question
-from qemu_postcopy.vm.qmp import CommandError, Listener, Message, Qmp
 
 #: Capabilities that change the stream's format, or take the pages another way; off while we save.
 FORMAT_CAPABILITIES = (
@@ -80,7 +80,7 @@ def _status(event: Message) -> str:
     return status
 
 
-async def load(qmp: Qmp, descriptor: int) -> None:
+async def load(qmp: Monitor, descriptor: int) -> None:
     """Makes a QEMU in ``-incoming defer`` load the stream behind ``descriptor`` (stays open here).
 
     Raises:
@@ -100,7 +100,7 @@ async def load(qmp: Qmp, descriptor: int) -> None:
 
 
 async def save(
-    qmp: Qmp,
+    qmp: Monitor,
     write_fd: int,
     drain: Callable[[], Awaitable[None]],
     *,
@@ -159,7 +159,7 @@ async def _drained(drain: Callable[[], Awaitable[None]]) -> None:
     await drain()
 
 
-async def _completed(qmp: Qmp, listener: Listener) -> None:
+async def _completed(qmp: Monitor, listener: EventListener) -> None:
     event = await listener.wait(lambda e: _status(e) in ENDED)
     if _status(event) != "completed":
         raise QmpError(
@@ -174,14 +174,14 @@ def _plainest(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return (ours or list(group.exceptions))[0]
 
 
-async def _abandon(qmp: Qmp) -> None:
+async def _abandon(qmp: Monitor) -> None:
     """Cancels the migration and waits until QEMU is out of it, so that the guest runs on."""
     with suppress(QmpError):
         await qmp.execute("migrate_cancel", timeout=10)
         await settled(qmp)
 
 
-async def settled(qmp: Qmp) -> None:
+async def settled(qmp: Monitor) -> None:
     """Waits until no migration is under way; QEMU reports each change while `events` is on."""
     while True:
         with qmp.listen("MIGRATION") as listener:
@@ -193,13 +193,13 @@ async def settled(qmp: Qmp) -> None:
                 await listener.wait(timeout=0.2)
 
 
-async def _error_of(qmp: Qmp) -> str:
+async def _error_of(qmp: Monitor) -> str:
     info = await qmp.execute("query-migrate")
     description: str = info.get("error-desc", "no reason given")
     return description
 
 
-async def progress_of(qmp: Qmp) -> tuple[int, int]:
+async def progress_of(qmp: Monitor) -> tuple[int, int]:
     """Bytes of RAM sent and in all, of the migration under way; (0, 0) before it counts."""
     try:
         ram = (await qmp.execute("query-migrate")).get("ram", {})
@@ -209,7 +209,7 @@ async def progress_of(qmp: Qmp) -> tuple[int, int]:
     return total - int(ram.get("remaining", 0)), total
 
 
-async def has_loaded(qmp: Qmp) -> bool:
+async def has_loaded(qmp: Monitor) -> bool:
     """Whether a QEMU that was told to load a state by somebody who died since has done so.
 
     A command that it has received and not begun yet shows within NOT_BEGUN_SECONDS.
@@ -226,7 +226,7 @@ async def has_loaded(qmp: Qmp) -> bool:
     return True
 
 
-async def let_run(qmp: Qmp) -> None:
+async def let_run(qmp: Monitor) -> None:
     """Lets the guest go on after a migration that completed or failed.
 
     Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_postcopy.paging.account import OTHER, UNKNOWN, ThreadFaults
-from qemu_postcopy.vm.qmp import Qmp
+from qemu_postcopy.vm.monitor import Monitor
 
 ASYNC = "async page fault"
 MAIN = "main loop"
@@ -33,7 +33,7 @@ class Origins:
         self._told = {int(tid): name for tid, name in (told or {}).items()}
         self._names: dict[int, str] = {UNKNOWN: "unknown", OTHER: "other", **self._told}
 
-    async def learn(self, qmp: Qmp) -> None:
+    async def learn(self, qmp: Monitor) -> None:
         """Asks QEMU which threads are its virtual CPUs and I/O threads; raises QmpError.
 
         Under TCG without multi-threading all virtual CPUs are one thread, which has the name of

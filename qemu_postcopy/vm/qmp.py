@@ -1,4 +1,4 @@
-"""QEMU's monitor, typed: commands, events, descriptors, and the few facts that we ask of it.
+"""QEMU's monitor over its socket: commands, events, descriptors.
 
 A thin layer over qemu.qmp's asyncio client; runs in the event loop of its caller.  Trusts the
 peer to be the QEMU that the socket's path names, and no answer further than its type: what is
@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,37 +28,14 @@ from qemu.qmp import Message as QmpMessage
 from qemu.qmp import StateError as QmpStateError
 
 from qemu_postcopy.errors import AttachError, QmpError
+from qemu_postcopy.vm.monitor import CommandError, Message, Monitor
 from qemu_postcopy.vm.opening import Opening, Question, key_of, read_answers
-
-#: One message of QEMU's, as JSON gives it.
-Message = Mapping[str, Any]
 
 CONNECT_SECONDS = 10.0
 #: Put into a listener's queue when nothing can follow: qemu.qmp itself would wait for ever.
 CONNECTION_ENDED = QmpMessage({"event": "(connection ended)"})
 #: sockaddr_un holds 108 bytes with the terminating NUL (unix(7)).
 SOCKET_PATH_BYTES = 107
-
-
-class CommandError(QmpError):
-    """QEMU answered a command with an error.  ``command``; ``error_class``; ``description``."""
-
-    def __init__(self, command: str, error_class: str, description: str) -> None:
-        super().__init__(
-            f"QEMU refused {command}: {description}",
-            hint="Its log may say more.",
-        )
-        self.command = command
-        self.error_class = error_class
-        self.description = description
-
-
-@dataclass(frozen=True)
-class Disk:
-    device: str
-    filename: str
-    driver: str
-    read_only: bool
 
 
 class Listener:
@@ -94,7 +70,7 @@ class Listener:
             ) from error
 
 
-class Qmp:
+class Qmp(Monitor):
     """One monitor connection.  Made by :meth:`connect`; to be used in one event loop."""
 
     def __init__(self, client: QMPClient, label: str) -> None:
@@ -257,11 +233,6 @@ class Qmp:
     def _answered_ahead(self, command: str, arguments: Mapping[str, Any] | None) -> Message | None:
         return self._ahead.pop(key_of(command, arguments), None) if self._ahead else None
 
-    async def human(self, command_line: str) -> str:
-        """Runs a command of the human monitor and returns its text."""
-        text: str = await self.execute("human-monitor-command", {"command-line": command_line})
-        return text
-
     @contextlib.contextmanager
     def listen(self, *names: str) -> Iterator[Listener]:
         """Collects the events of these names (all if none) from here on, before the command
@@ -275,22 +246,6 @@ class Qmp:
                 yield Listener(inner, self._lost())
         finally:
             self._listeners.remove(inner)
-
-    async def wait_event(
-        self,
-        names: Iterable[str],
-        predicate: Callable[[Message], bool] | None = None,
-        timeout: float | None = None,
-    ) -> Message:
-        """The next event from now on that fits; use :meth:`listen` around a command."""
-        with self.listen(*names) as listener:
-            return await listener.wait(predicate, timeout)
-
-    async def events(self, *names: str) -> AsyncIterator[Message]:
-        """Events of these names (all if none) until the connection ends, which is a QmpError."""
-        with self.listen(*names) as listener:
-            while True:
-                yield await listener.wait()
 
     async def send_descriptor(self, name: str, descriptor: int) -> None:
         """Gives QEMU a copy of an open file under this name (`fd:NAME`; ``getfd`` by SCM_RIGHTS).
@@ -309,79 +264,3 @@ class Qmp:
                 hint="Descriptors pass over Unix sockets only.",
             ) from error
         await self.execute(*question)
-
-    # ---- facts about this QEMU ----
-
-    async def status(self) -> str:
-        """`running`, `paused`, `inmigrate`, ... (RunState of QEMU's QAPI)."""
-        status: str = (await self.execute("query-status"))["status"]
-        return status
-
-    async def target(self) -> str:
-        """The guest's architecture, such as `x86_64` or `aarch64`."""
-        arch: str = (await self.execute("query-target"))["arch"]
-        return arch
-
-    async def machine_type(self) -> str:
-        """The machine type by its versioned name, such as `pc-i440fx-7.2`, never an alias."""
-        kind: str = await self.execute("qom-get", {"path": "/machine", "property": "type"})
-        return kind.removesuffix("-machine")
-
-    async def memory_backends(self) -> list[Message]:
-        """`query-memdev`; each has `id`, `size` (bytes), `share`, `prealloc`."""
-        backends: list[Message] = await self.execute("query-memdev")
-        return backends
-
-    async def disks(self) -> list[Disk]:
-        """The media that are inserted now."""
-        found = []
-        for entry in await self.execute("query-block"):
-            medium = entry.get("inserted")
-            if medium is not None:
-                found.append(
-                    Disk(
-                        device=entry.get("device") or entry.get("qdev", ""),
-                        filename=medium["image"]["filename"],
-                        driver=medium["drv"],
-                        read_only=medium["ro"],
-                    )
-                )
-        return found
-
-    @contextlib.asynccontextmanager
-    async def migration_capabilities(self, **wanted: bool) -> AsyncIterator[None]:
-        """Sets capabilities (`x_ignore_shared=True` for `x-ignore-shared`), and back at the end."""
-        now = {
-            entry["capability"]: entry["state"]
-            for entry in await self.execute("query-migrate-capabilities")
-        }
-        names = {name.replace("_", "-"): state for name, state in wanted.items()}
-        changed = {name: state for name, state in names.items() if now.get(name) != state}
-        await self._set_capabilities(changed)
-        try:
-            yield
-        finally:
-            await self._set_capabilities({name: now[name] for name in changed})
-
-    async def _set_capabilities(self, states: Mapping[str, bool]) -> None:
-        if states:
-            entries = [{"capability": name, "state": state} for name, state in states.items()]
-            await self.execute("migrate-set-capabilities", {"capabilities": entries})
-
-    @contextlib.asynccontextmanager
-    async def migration_parameters(self, **wanted: Any) -> AsyncIterator[None]:
-        """Sets parameters (`max_bandwidth=0`), and back at the end.
-
-        One that had no value before keeps the new one: QEMU cannot unset it.
-        """
-        now = await self.execute("query-migrate-parameters")
-        names = {name.replace("_", "-"): value for name, value in wanted.items()}
-        changed = {name: value for name, value in names.items() if now.get(name) != value}
-        if changed:
-            await self.execute("migrate-set-parameters", changed)
-        try:
-            yield
-        finally:
-            before = {name: now[name] for name in changed if name in now}
-            if before:
-                await self.execute("migrate-set-parameters", before)

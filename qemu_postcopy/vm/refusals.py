@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 
-from qemu_postcopy.vm.qmp import CommandError, Qmp
+from qemu_postcopy.vm.monitor import CommandError, Monitor
 
 #: Prefixes of QOM types whose devices pin all guest memory for DMA (vfio_dma_map, vhost_vdpa).
 PINNING_TYPES = ("vfio-", "vhost-vdpa-")
@@ -41,7 +41,7 @@ REMAPPED = (
 ENCRYPTED = "the guest's memory is encrypted: only the guest itself can fill it"
 
 
-async def refusals(qmp: Qmp) -> list[str]:
+async def refusals(qmp: Monitor) -> list[str]:
     """Why this guest's memory cannot be paged on demand, a sentence each; empty if it can."""
     # Asked all at once: QEMU answers in order, and each answer alone costs a round trip.
     plugged, built_in, objects, nodes, network, guard = await asyncio.gather(
@@ -80,7 +80,7 @@ async def refusals(qmp: Qmp) -> list[str]:
     return reasons
 
 
-async def _confidential_guest_support(qmp: Qmp) -> str:
+async def _confidential_guest_support(qmp: Monitor) -> str:
     """The type of the machine's guard object (`sev-guest`, `tdx-guest`), or ''.
 
     Every encrypted guest has one since QEMU 6.0; `memory-encryption=` is another word for it.

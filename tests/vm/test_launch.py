@@ -19,7 +19,8 @@ from qemu_postcopy.errors import HostError, LaunchError, QmpError, UsageError
 from qemu_postcopy.image.manifest import Manifest
 from qemu_postcopy.vm.fit import QUESTIONS, check_fit
 from qemu_postcopy.vm.launch import QemuProcess, launch
-from qemu_postcopy.vm.qmp import CommandError, Qmp
+from qemu_postcopy.vm.monitor import CommandError
+from qemu_postcopy.vm.qmp import Qmp
 from qemu_postcopy.vm.refusals import refusals
 from qemu_postcopy.vm.spec import MemoryBackend, VmSpec, restore_arguments
 
