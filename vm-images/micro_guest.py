@@ -1,6 +1,8 @@
-"""The micro guest: a ROM for QEMU's -bios that fills memory and verifies it, and what it says.
+"""The micro guest: fills memory and verifies it without an operating system, and what it says.
 
 For paths that want KVM where no operating system boots, and for starts of a tenth of a second.
+A ROM for QEMU's -bios, or a PVH ELF file for -kernel on machine type `microvm`; one task on each
+of one or two CPUs, or many tasks on one CPU, with KVM's asynchronous page faults where offered.
 Built by the system's C compiler into the cache, the same bytes every time; x86_64 only.  Any
 thread, any number of processes.  What it says is trusted only as far as it is well-formed.
 """
@@ -13,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qemu_postcopy.errors import HostError, UsageError
 from qemu_postcopy.images.cache import Progress, build_lock, default_cache_dir, staged_directory
@@ -24,38 +27,54 @@ _FLAGS = [
     *("-fno-stack-protector", "-mno-red-zone", "-mgeneral-regs-only", "-fcf-protection=none"),
     *("-fno-asynchronous-unwind-tables", "-fno-jump-tables"),
     *("-fno-tree-loop-distribute-patterns", "-nostdlib", "-static", "-no-pie"),
-    *("-Wl,--build-id=none", "-Wl,-T,rom.ld"),
+    # Stripped: symbols have the names of temporary files.
+    *("-Wl,--build-id=none", "-Wl,--strip-all"),
 ]
 _HINT = "install a C compiler: apt-get install gcc binutils"
 ROM_BYTES = 64 << 10
-ROM_NAME = "micro.rom"
-#: Guest-physical addresses (verify.c): verified by ring 3, to area_bytes, ...
+Machine = Literal["pc", "microvm"]
+#: What each machine type is given: the option, the file, its linker script.
+_PROGRAMS: dict[Machine, tuple[str, str, str]] = {
+    "pc": ("-bios", "micro.rom", "rom.ld"),
+    "microvm": ("-kernel", "micro.elf", "elf.ld"),
+}
+#: Guest-physical addresses (micro.h): verified by ring 3, to area_bytes, ...
 AREA_START = 4 << 20
 #: ... and by ring 0, to ring0_bytes.
 RING0_START = 2 << 20
+#: Their stacks end below 1 MiB.
+WORKERS_MAX = 80
 
 
 @dataclass(frozen=True)
 class MicroGuest:
-    """A built ROM; the bytes that it verifies in ring 3 and in ring 0."""
+    """A built guest; the bytes that it verifies in ring 3 and in ring 0, its CPUs and workers."""
 
-    rom: Path
+    program: Path
+    machine: Machine
     area_bytes: int
     ring0_bytes: int
+    cpus: int = 1
+    workers: int = 0
 
     def qemu_arguments(self) -> list[str]:
-        """What QEMU needs besides memory, an accelerator and a serial line.
+        """What QEMU needs besides machine, CPUs, memory, an accelerator and a serial line.
 
         An exception in the guest ends QEMU with exit status 3.
         """
         return [
-            *("-bios", str(self.rom), "-no-reboot"),
+            *(_PROGRAMS[self.machine][0], str(self.program), "-no-reboot"),
             *("-device", "isa-debug-exit,iobase=0xf4"),
         ]
 
     def least_ram_bytes(self) -> int:
         """RAM that it needs at least, in bytes."""
         return AREA_START + self.area_bytes
+
+    def part_of_worker(self, number: int) -> range:
+        """The guest-physical bytes that a worker (from 0) verifies."""
+        size = self.area_bytes // self.workers
+        return range(AREA_START + number * size, AREA_START + (number + 1) * size)
 
 
 @dataclass(frozen=True)
@@ -75,15 +94,40 @@ class Pass:
     ring0_bad: int
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Line `number` (from 1) of a guest with workers.
+
+    ``asynchronous``: KVM tells it of asynchronous page faults; ``waiting`` tasks wait for a page
+    now, at most ``most_waiting`` did at once, ``waits`` is the count of all such pages so far;
+    ``bad`` words were found in all passes; ``passes`` of each worker over its part of the memory.
+    """
+
+    number: int
+    asynchronous: bool
+    waiting: int
+    most_waiting: int
+    waits: int
+    bad: int
+    passes: tuple[int, ...]
+
+
+Report = Filled | Pass | Tasks
 _FILLED = re.compile(r"micro ready (\d+) (\d+)\Z", re.ASCII)
 _PASS = re.compile(r"micro pass (\d+) bad (\d+) (\d+)\Z", re.ASCII)
+
+_TASKS = re.compile(
+    r"micro tasks (\d+) async ([01]) waiting (\d+) most (\d+) waits (\d+) bad (\d+) "
+    r"passes((?: \d+)+)\Z",
+    re.ASCII,
+)
 
 
 class MicroError(ValueError):
     """A line that the guest does not write, or that reports an exception in it."""
 
 
-def parse_lines(text: str, *, starts_midway: bool = False) -> list[Filled | Pass]:
+def parse_lines(text: str, *, starts_midway: bool = False) -> list[Report]:
     """The reports in a serial output; an unfinished last line is left out.
 
     Args:
@@ -92,26 +136,38 @@ def parse_lines(text: str, *, starts_midway: bool = False) -> list[Filled | Pass
             where it is the end of a line.
 
     Raises:
-        MicroError: any other line, or pass numbers that do not follow each other.
+        MicroError: any other line, or numbers that do not follow each other.
     """
-    records: list[Filled | Pass] = []
+    records: list[Report] = []
     for index, line in enumerate(text.split("\n")[:-1]):
         line = line.removesuffix("\r")
-        if found := _FILLED.match(line):
-            record: Filled | Pass = Filled(int(found[1]), int(found[2]))
-            if records:
-                raise MicroError("the guest has started anew")
-        elif found := _PASS.match(line):
-            record = Pass(int(found[1]), int(found[2]), int(found[3]))
-            before = records[-1] if records else None
-            if isinstance(before, Pass) and record.number != before.number + 1:
-                raise MicroError(f"pass {record.number} follows pass {before.number}")
-        elif starts_midway and index == 0 and not line.startswith("micro"):
-            continue
-        else:
+        record = _parse_line(line)
+        if record is None:
+            if starts_midway and index == 0 and not line.startswith("micro"):
+                continue
             raise MicroError(f"the micro guest does not write {line!r}")
+        before = records[-1] if records else None
+        if isinstance(record, Filled):
+            if before is not None:
+                raise MicroError("the guest has started anew")
+        elif isinstance(before, Pass | Tasks) and (
+            type(record) is not type(before) or record.number != before.number + 1
+        ):
+            raise MicroError(f"{record} follows {before}")
         records.append(record)
     return records
+
+
+def _parse_line(line: str) -> Report | None:
+    if found := _FILLED.match(line):
+        return Filled(int(found[1]), int(found[2]))
+    if found := _PASS.match(line):
+        return Pass(int(found[1]), int(found[2]), int(found[3]))
+    if found := _TASKS.match(line):
+        number, asynchronous, waiting, most, waits, bad = (int(found[i]) for i in range(1, 7))
+        passes = tuple(int(word) for word in found[7].split())
+        return Tasks(number, bool(asynchronous), waiting, most, waits, bad, passes)
+    return None
 
 
 def build_micro_guest(
@@ -121,31 +177,45 @@ def build_micro_guest(
     area_bytes: int = 8 << 20,
     ring0_bytes: int = 128 << 10,
     interrupts: bool = False,
+    cpus: int = 1,
+    workers: int = 0,
+    machine: Machine = "pc",
 ) -> MicroGuest:
-    """The ROM, from the cache if it was built before from the same sources.
+    """The guest, from the cache if it was built before from the same sources.
 
     Args:
         cache_dir: default :func:`default_cache_dir`; made if missing.
         progress: called with one line for each step.
-        area_bytes: verified by ring 3, a multiple of 4096, below 3 GiB.
+        area_bytes: verified by ring 3, a multiple of 4096, below 3 GiB; with workers, of 4096 for
+            each.
         ring0_bytes: verified by ring 0, a multiple of 4096, at most 2 MiB; slow where ring 0 is
-            emulated.
+            emulated.  Not with workers.
         interrupts: ring 3 runs with interrupts on, though none come: KVM then waits for missing
             pages in a kworker and halts the vCPU (halt variant of asynchronous page faults).
+        cpus: 1 or 2; two go through the area side by side, page by page.
+        workers: 0, or tasks that each verify a part of the area on the one CPU, by turns: one that
+            waits for a page by an asynchronous page fault does not keep the others from it.
+        machine: QEMU's machine type that it is for.
 
     Raises:
-        UsageError: a size is out of range.  HostError: no compiler, or not an x86_64 host.
+        UsageError: a number is out of range.  HostError: no compiler, or not an x86_64 host.
     """
     if not (0 < area_bytes < 3 << 30 and 0 < ring0_bytes <= AREA_START - RING0_START):
         raise UsageError("area_bytes or ring0_bytes is out of range")
-    if area_bytes % 4096 or ring0_bytes % 4096:
-        raise UsageError("area_bytes and ring0_bytes must be multiples of 4096")
+    if area_bytes % (4096 * (workers or 1)) or ring0_bytes % 4096:
+        raise UsageError("area_bytes (of each worker) and ring0_bytes must be multiples of 4096")
+    if not 0 <= workers <= WORKERS_MAX or not 1 <= cpus <= (1 if workers else 2):
+        raise UsageError(f"at most {WORKERS_MAX} workers on one CPU, or at most 2 CPUs")
     if platform.machine() != "x86_64":
         raise HostError(
             f"the micro guest is not made for {platform.machine()}", hint="use a host of x86_64"
         )
+    _, name, linker_script = _PROGRAMS[machine]
     flags = [*_FLAGS, f"-DAREA_BYTES={area_bytes}UL", f"-DRING0_BYTES={ring0_bytes}UL"]
-    flags.append(f"-DRING3_FLAGS={0x202 if interrupts else 0x2:#x}")
+    flags += [f"-DRING3_FLAGS={0x202 if interrupts or workers else 0x2:#x}"]
+    flags += [f"-DCPUS={cpus}", f"-DWORKERS={workers}", f"-Wl,-T,{linker_script}"]
+    if machine == "microvm":
+        flags.append("-DPVH")
     cache_dir = cache_dir or default_cache_dir()
     final = cache_dir / f"micro-{_recipe_digest(flags)[:16]}"
     if not final.exists():
@@ -153,8 +223,10 @@ def build_micro_guest(
             if not final.exists():  # not built while we waited for the lock
                 progress("building the micro guest")
                 with staged_directory(final) as staged:
-                    _compile(staged, flags)
-    return MicroGuest(final / ROM_NAME, area_bytes, ring0_bytes)
+                    _compile(staged / name, flags)
+    return MicroGuest(
+        final / name, machine, area_bytes, 0 if workers else ring0_bytes, cpus, workers
+    )
 
 
 def _recipe_digest(flags: Sequence[str]) -> str:
@@ -164,11 +236,14 @@ def _recipe_digest(flags: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _compile(target: Path, flags: Sequence[str]) -> None:
-    program = target / "micro.elf"
-    run_tool(["gcc", *flags, "-o", str(program), "start.S", "verify.c"], hint=_HINT, cwd=_SOURCES)
-    rom = target / ROM_NAME
-    run_tool(["objcopy", "-O", "binary", str(program), str(rom)], hint=_HINT)
-    program.unlink()
-    if rom.stat().st_size != ROM_BYTES:
-        raise HostError(f"the ROM has {rom.stat().st_size} bytes, not {ROM_BYTES}", hint=_HINT)
+def _compile(program: Path, flags: Sequence[str]) -> None:
+    """A ROM where the program's name ends so, else an ELF file."""
+    linked = program.with_suffix(".elf")
+    sources = sorted(path.name for path in _SOURCES.glob("*.[cS]"))
+    run_tool(["gcc", *flags, "-o", str(linked), *sources], hint=_HINT, cwd=_SOURCES)
+    if linked == program:
+        return
+    run_tool(["objcopy", "-O", "binary", str(linked), str(program)], hint=_HINT)
+    linked.unlink()
+    if program.stat().st_size != ROM_BYTES:
+        raise HostError(f"the ROM has {program.stat().st_size} bytes, not {ROM_BYTES}", hint=_HINT)

@@ -13,6 +13,8 @@ from qemu_postcopy.images.micro_guest import MicroGuest, build_micro_guest
 
 __all__ = ["lab"]
 
+KVM = Accelerator("kvm", "qemu64,+kvm-asyncpf-int")
+
 
 @pytest.fixture(scope="session")
 def micro_cache() -> Path | None:
@@ -27,9 +29,15 @@ def micro_guest(micro_cache: Path | None) -> MicroGuest:
     return build_micro_guest(micro_cache)
 
 
+@pytest.fixture
+def kvm() -> Accelerator:
+    """With a CPU that offers asynchronous page faults; ``needs("kvm")`` goes with it."""
+    return KVM
+
+
 @pytest.fixture(
     params=[
-        pytest.param(Accelerator("kvm", "qemu64,+kvm-asyncpf-int"), marks=pytest.mark.needs("kvm")),
+        pytest.param(KVM, marks=pytest.mark.needs("kvm")),
         Accelerator("tcg", "qemu64"),
     ],
     ids=lambda accelerator: accelerator.name,

@@ -29,6 +29,7 @@ def files() -> set[str]:
         "qemu_postcopy/images/manifest.toml",
         "qemu_postcopy/images/guest/memcheck.c",
         "qemu_postcopy/images/micro/start.S",
+        "qemu_postcopy/images/micro/micro.h",
         "qemu_postcopy/images/micro/rom.ld",
         "qemu_postcopy/baseline/bare_handler.c",
     ],
