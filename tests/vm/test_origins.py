@@ -39,6 +39,8 @@ def test_faults_are_those_of_the_virtual_cpu_and_of_loading(
     assert block["faults"] == status["statistics"]["faults"]
     assert block["pages_data_missing"] == status["statistics"]["pages_data_missing"]
     assert "all at once for" in cli("status", guest.name).stdout
+    shown = cli("top", "--once", guest.name).stdout
+    assert "1 served" in shown and "vCPU 0" in shown and "main loop" in shown
     # Loading the device state touches memory too, and that is not the virtual CPU's doing.
     others = sum(entry["faults"] for name, entry in origins.items() if name != "vCPU 0")
     assert others > 0

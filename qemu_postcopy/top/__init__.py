@@ -1,0 +1,1 @@
+"""``qemu-postcopy top``: all guests of this user on one screen, by the keyboard."""
