@@ -54,7 +54,22 @@ def libvirt() -> str:
     from qemu_postcopy.doctor import software
 
     finding = software.libvirt_finding()
-    return "" if finding.status == "ok" else f"libvirt: {finding.found}"
+    if finding.status != "ok" or not finding.data["python_module"]:
+        return f"libvirt: {finding.found}"
+    programs = ("unshare", "nsenter", "setpriv", "ip", "mount")
+    lacking = [name for name in programs if not shutil.which(name)]
+    return f"no {', '.join(lacking)} on PATH" if lacking else root()
+
+
+def libvirt11() -> str:
+    path = os.environ.get("QPC_LIBVIRT11")
+    if not path:
+        return (
+            "QPC_LIBVIRT11 does not name where a libvirt 11 lies "
+            "(python -m qemu_postcopy.images libvirt fetches one)"
+        )
+    there = Path(path, "usr/sbin/libvirtd").exists()
+    return libvirt() if there else f"QPC_LIBVIRT11={path} holds no libvirtd"
 
 
 def hugetlb() -> str:
@@ -79,7 +94,7 @@ def root() -> str:
 
 PROBES: dict[str, Callable[[], str]] = {
     probe.__name__: probe
-    for probe in (uffd, ptrace, kvm, qemu, qemu10, libvirt, hugetlb, guest, cc, root)
+    for probe in (uffd, ptrace, kvm, qemu, qemu10, libvirt, libvirt11, hugetlb, guest, cc, root)
 }
 
 

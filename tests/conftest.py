@@ -1,6 +1,7 @@
 """Fixtures for all tests, what a test may need of the host, and evidence when one fails.
 
 Environment: ``QPC_CACHE`` (where the test guest is kept), ``QPC_QEMU10`` (a QEMU 10 binary),
+``QPC_LIBVIRT11`` (where `qemu-postcopy images libvirt` has put a libvirt 11),
 ``QPC_EVIDENCE`` (where the run directories of failed tests are kept).
 """
 

@@ -1,4 +1,7 @@
-"""The image commands: ``build``, ``check``, ``qemu``.  Results go to stdout, progress to stderr."""
+"""The image commands: ``build``, ``check``, ``qemu``, ``libvirt``.
+
+Results go to stdout, progress to stderr.
+"""
 
 from __future__ import annotations
 
@@ -88,6 +91,26 @@ def qemu_command(suite: str, cache_dir: Path | None, as_json: bool) -> None:
             "real_binary": str(install.real_binary),
             "data_dir": str(install.data_dir),
             "environment": dict(install.environment),
+        },
+        as_json,
+    )
+
+
+@images_commands.command("libvirt")
+@click.option("--suite", default="bookworm-backports", show_default=True, help="Debian suite.")
+@_CACHE
+@_JSON
+def libvirt_command(suite: str, cache_dir: Path | None, as_json: bool) -> None:
+    """Unpack the libvirt and the QEMU of another suite beside the host's own."""
+    from qemu_postcopy.images.libvirt_versions import fetch_libvirt
+
+    install = fetch_libvirt(suite, cache_dir, _progress)
+    _show(
+        {
+            "prefix": str(install.prefix),
+            "version": install.version,
+            "overlays": [str(path) for path in install.overlays()],
+            "qemu": str(install.qemu.binary),
         },
         as_json,
     )

@@ -35,6 +35,11 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "apt": ("gcc", "libc6-dev"),
         "dnf": ("gcc", "glibc-devel", "glibc-static"),
     },
+    # With what the Python module (the extra "libvirt") is compiled against.
+    "libraries.libvirt": {
+        "apt": ("libvirt-daemon-system", "libvirt-clients", "libvirt-dev", "pkg-config"),
+        "dnf": ("libvirt-daemon-kvm", "libvirt-client", "libvirt-devel", "pkgconf-pkg-config"),
+    },
 }
 
 MANAGERS = {"apt": "apt-get", "dnf": "dnf"}

@@ -147,7 +147,7 @@ def libvirt_finding() -> Finding:
         "ok" if daemon and shell else "missing",
         ", ".join(parts),
         "Nothing of this version: it drives QEMU by QMP. libvirt's own commands need it.",
-        "" if daemon and shell else "Install libvirt-daemon-system and libvirt-clients.",
+        "" if daemon and shell else "qemu-postcopy doctor --install",
         data={
             "daemon": daemon,
             "virsh": version_in(shell) if shell else None,

@@ -107,12 +107,16 @@ LACKING = HostReport(
 )
 
 
+LIBVIRT_APT = ["libvirt-daemon-system", "libvirt-clients", "libvirt-dev", "pkg-config"]
+LIBVIRT_DNF = ["libvirt-daemon-kvm", "libvirt-client", "libvirt-devel", "pkgconf-pkg-config"]
+
+
 @pytest.mark.parametrize(
     ("family", "machine", "packages"),
     [
-        ("apt", "x86_64", ["qemu-system-x86", "gcc", "libc6-dev"]),
-        ("apt", "aarch64", ["qemu-system-arm", "gcc", "libc6-dev"]),
-        ("dnf", "x86_64", ["qemu-kvm", "gcc", "glibc-devel", "glibc-static"]),
+        ("apt", "x86_64", ["qemu-system-x86", "gcc", "libc6-dev", *LIBVIRT_APT]),
+        ("apt", "aarch64", ["qemu-system-arm", "gcc", "libc6-dev", *LIBVIRT_APT]),
+        ("dnf", "x86_64", ["qemu-kvm", "gcc", "glibc-devel", "glibc-static", *LIBVIRT_DNF]),
     ],
 )
 def test_packages_are_those_of_the_distribution(

@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 
 from qemu_postcopy.errors import HostError, UsageError
-from qemu_postcopy.images.qemu_versions import (
-    AptSource,
-    fetch_qemu,
-    read_apt_sources,
-    sources_with_suite,
-)
+from qemu_postcopy.images.other_suite import AptSource, read_apt_sources, sources_with_suite
+from qemu_postcopy.images.qemu_versions import fetch_qemu
 
 DEB822 = """\
 # a comment

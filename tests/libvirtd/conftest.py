@@ -1,0 +1,88 @@
+"""Hosts with libvirt: started once for all tests that want one like it, clean for each test."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from libvirtd.daemons import Host, Stack
+
+from qemu_postcopy.images.guest_image import GuestImage
+
+STACKS: dict[str, Callable[[], Stack]] = {
+    "libvirt": Stack.of_machine,
+    "libvirt11": lambda: Stack.unpacked(Path(os.environ["QPC_LIBVIRT11"])),
+}
+
+
+class Hosts:
+    """The hosts of a test run, by stack and name; made at their first use."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, str], Host] = {}
+
+    def get(self, stack: str, name: str = "alpha") -> Host:
+        key = (stack, name)
+        if key not in self._made:
+            self._made[key] = Host.start(STACKS[stack](), f"{name}-{stack}")
+        return self._made[key]
+
+    def clean(self) -> list[str]:
+        """Ends all domains, and says which there were."""
+        return [f"{host.name}: {name}" for host in self._made.values() for name in host.clean()]
+
+    def close(self) -> None:
+        for host in self._made.values():
+            host.close()
+        self._made.clear()
+
+
+@pytest.fixture(scope="session")
+def all_hosts() -> Iterator[Hosts]:
+    hosts = Hosts()
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture
+def hosts(all_hosts: Hosts) -> Iterator[Hosts]:
+    """Hosts on which no domain is left when the test has ended."""
+    yield all_hosts
+    all_hosts.clean()
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.needs(name)) for name in STACKS],
+)
+def host(request: pytest.FixtureRequest, hosts: Hosts) -> Host:
+    """One host of each libvirt that the machine has."""
+    return hosts.get(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_guest(guest_image: GuestImage) -> Iterator[GuestImage]:
+    """The test guest where libvirt's QEMU, a user of its own, can read it."""
+    directory = Path(tempfile.mkdtemp(prefix="qpcg-"))
+    directory.chmod(0o755)
+    copies = [shutil.copy(path, directory) for path in (guest_image.kernel, guest_image.initramfs)]
+    for copy in copies:
+        copy_path = Path(copy)
+        copy_path.chmod(0o644)
+    kernel, initramfs = map(Path, copies)
+    yield dataclasses.replace(guest_image, kernel=kernel, initramfs=initramfs)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def shared_dir(run_dir: Path) -> Path:
+    """The test's own directory, which libvirt's QEMU may enter."""
+    run_dir.chmod(0o755)
+    path = run_dir / "shared"
+    path.mkdir()
+    path.chmod(0o777)
+    return path
