@@ -252,6 +252,21 @@ def serving_options(function: Any) -> Any:
     help="How QEMU's memory is got at: by tracing it for a moment, or by a library that it loads, "
     "for hosts that allow no tracing; auto: the first of these that is allowed.",
 )
+@click.option(
+    "--connect",
+    metavar="URI",
+    help="Have libvirt restore it: IMAGE is what virsh save or snapshot --connect wrote.",
+)
+@click.option("--xml", type=click.File(), help="Domain XML instead of the saved one (--connect).")
+@click.option("--running", is_flag=True, help="Let it run even if it was saved paused (--connect).")
+@click.option("--reset-nvram", is_flag=True, help="Make its NVRAM anew (--connect).")
+@click.option("--bypass-cache", is_flag=True, help="Keep the file out of the page cache.")
+@click.option(
+    "--keep-image",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep what a save file is converted to, for further restores (--connect).",
+)
 @serving_options
 def restore(
     image: Path,
@@ -259,6 +274,12 @@ def restore(
     qemu: str | None,
     qemu_arg: tuple[str, ...],
     attach_by: str,
+    connect: str | None,
+    xml: Any,
+    running: bool,
+    reset_nvram: bool,
+    bypass_cache: bool,
+    keep_image: Path | None,
     **rest: Any,
 ) -> None:
     """Resume the guest in IMAGE: it runs at once, its memory follows.
@@ -274,7 +295,29 @@ def restore(
       qemu-postcopy restore --name two vm.qpc
       qemu-postcopy restore --attach-by preload vm.qpc
       qemu-postcopy restore vm.qpc -- qemu-system-x86_64 -m 4G -machine pc ...
+      qemu-postcopy restore --connect qemu:///system vm.save
     """
+    if connect is not None:
+        from qemu_postcopy.libvirt.commands import restore_by_libvirt
+
+        if command or qemu or qemu_arg:
+            raise UsageError("libvirt starts QEMU itself", hint="change its XML instead: --xml")
+        restore_by_libvirt(
+            connect,
+            image,
+            xml=xml.read() if xml else None,
+            running=running,
+            reset_nvram=reset_nvram,
+            bypass_cache=bypass_cache,
+            keep_image=keep_image,
+            rest=rest,
+        )
+        return
+    if xml or running or reset_nvram or keep_image or bypass_cache:
+        raise UsageError(
+            "--xml, --running, --reset-nvram, --keep-image and --bypass-cache are for libvirt",
+            hint="say --connect URI too",
+        )
     target = {"qemu": qemu, "command": command, "extra_arguments": qemu_arg}
     _serve(image, target, rest, attach_by)
 
@@ -297,13 +340,9 @@ def attach(qmp: Path, image: Path, **rest: Any) -> None:
     _serve(image, {"qmp": qmp}, rest)
 
 
-def _serve(
-    image: Path, target: dict[str, Any], rest: dict[str, Any], attach_by: Any = "ptrace"
-) -> None:
-    from qemu_postcopy.restore import RestoreOptions
+def session_options(rest: dict[str, Any], attach_by: Any = "ptrace") -> Any:
+    """The SessionOptions that :func:`serving_options` have brought."""
     from qemu_postcopy.session import SessionOptions
-    from qemu_postcopy.sidecar import process
-    from qemu_postcopy.sidecar.rundir import RunDirectory
 
     schedule = None
     if rest["chaos"] is not None:
@@ -312,41 +351,62 @@ def _serve(
         schedule = ChaosSchedule.load(rest["chaos"])
     if rest["trace"] is not None and rest["trace"].exists():
         raise UsageError(f"{rest['trace']} exists", hint="give the trace another name")
+    return SessionOptions(
+        chunk_size=rest["chunk"],
+        background=rest["background"],
+        paused=rest["paused"],
+        background_rate=rest["rate"],
+        working_set=rest["working_set"],
+        allow_newer_qemu=rest["allow_newer_qemu"],
+        chaos=schedule,
+        trace=rest["trace"],
+        attach_by=attach_by,
+    )
+
+
+def _serve(
+    image: Path, target: dict[str, Any], rest: dict[str, Any], attach_by: Any = "ptrace"
+) -> None:
+    from qemu_postcopy.restore import RestoreOptions
+    from qemu_postcopy.sidecar import process
+    from qemu_postcopy.sidecar.rundir import RunDirectory
+
     options = RestoreOptions(
         image=image,
         name=rest["name"],
         paused=rest["paused"],
         verify=rest["verify"],
-        session=SessionOptions(
-            chunk_size=rest["chunk"],
-            background=rest["background"],
-            paused=rest["paused"],
-            background_rate=rest["rate"],
-            working_set=rest["working_set"],
-            allow_newer_qemu=rest["allow_newer_qemu"],
-            chaos=schedule,
-            trace=rest["trace"],
-            attach_by=attach_by,
-        ),
+        session=session_options(rest, attach_by),
         **target,
     )
     run = RunDirectory.create(options.run_name())
+    start_sidecar(process.restoring(options, run), run, rest, f"monitor {run.qmp_socket}")
+
+
+def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> None:
+    """Starts a job's sidecar, or does the job here, and tells how it went.
+
+    Args:
+        reached_by: how operators reach the guest, in words.
+    """
+    from qemu_postcopy.sidecar import process
+
     if rest["foreground"]:
         if rest["supervise"]:
             from qemu_postcopy.sidecar import supervisor
 
             supervisor.start(run)
-        status = process.serve(process.restoring(options, run), sys.stderr)
+        status = process.serve(job, sys.stderr)
         run.discard_unused()
         sys.exit(status)
-    sidecar = process.spawn(process.restoring(options, run), run)
+    sidecar = process.spawn(job, run)
     if rest["supervise"]:
         from qemu_postcopy.sidecar import supervisor
 
         supervisor.start(run)
     reached: dict[str, float] = {}
     last: dict[str, Any] = {}
-    goal = "end" if rest["wait"] == "complete" else "loaded" if options.paused else "running"
+    goal = "end" if rest["wait"] == "complete" else "loaded" if rest["paused"] else "running"
     try:
         for event in sidecar.events():
             last = event
@@ -387,8 +447,8 @@ def _serve(
         text = f"{run.name} has all of its memory (PID {result['pid']})"
     else:
         text = (
-            f"{run.name} {'is loaded' if options.paused else 'runs'} after "
-            f"{reached[goal] * 1000:.0f} ms (PID {result['pid']}, monitor {run.qmp_socket})"
+            f"{run.name} {'is loaded' if rest['paused'] else 'runs'} after "
+            f"{reached[goal] * 1000:.0f} ms (PID {result['pid']}, {reached_by})"
         )
     _show(result, rest["as_json"], text)
 

@@ -168,6 +168,21 @@ class QmpError(PostcopyError):
     exit_code = 8
 
 
+class LibvirtError(PostcopyError):
+    """libvirt refused something, or its daemon cannot be reached.
+
+    Attributes: ``code`` is libvirt's VIR_ERR number, 0 where the refusal is ours.
+    """
+
+    exit_code = 14
+
+    def __init__(
+        self, message: str, *, code: int = 0, hint: str = "", vm: str | int | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, vm=vm)
+        self.code = code
+
+
 class GuestEndedError(PostcopyError):
     """QEMU ended while it was served: shut down, killed or crashed; nothing is left to serve."""
 

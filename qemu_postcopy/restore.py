@@ -92,7 +92,7 @@ async def restore(
     with ending_by_signals(session):
         try:
             if options.verify:
-                await _verify(image)
+                await verify_image(image)
             if options.qmp is not None:
                 await session.find(options.qmp)
             else:
@@ -182,7 +182,7 @@ def serve_in_background(run: RunDirectory) -> None:
     os.execv(command[0], command)
 
 
-async def _verify(image: Image) -> None:
+async def verify_image(image: Image) -> None:
     """Checks all hashes in a thread, which a cancellation ends."""
     cancelled = threading.Event()
 

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -200,7 +200,10 @@ class Session:
         # Taken over, and not known yet whether there is a guest: then it counts as one.
         self._unsettled = False
         self._owned_before = False
-        self._qmp_path: Path = run.qmp_socket
+        #: where QEMU's monitor is, as :func:`qemu_postcopy.vm.monitor.connect` takes it
+        self._monitor = str(run.qmp_socket)
+        # The layout was had without QEMU's word, and must be confirmed before the guest runs.
+        self._presumed = False
         self._cleanup = contextlib.ExitStack()
 
     # --- the steps -------------------------------------------------------------------------------
@@ -267,13 +270,35 @@ class Session:
 
         self._require(State.FOUND)
         self._qmp = await Qmp.connect(qmp_path)
-        self._qmp_path = Path.cwd() / qmp_path
+        self._monitor = str(Path.cwd() / qmp_path)
         self.identity = ProcessIdentity.open(self._qmp.peer_pid())
         self._cleanup.callback(self.identity.close)
         self.identity.require_qemu()
         self._target = self.identity
         self._prepare()
         await self._check_fit()
+        self._enter(State.FOUND)
+
+    def adopt(self, pid: int, monitor: str) -> None:
+        """Takes a QEMU that libvirt has started, and that waits in the middle of its load.
+
+        Its monitor is libvirt's until the load is over, so its memory is presumed to lie where it
+        seems to; :meth:`confirm` asks then.
+
+        Raises:
+            TargetGoneError: it has ended.
+            AttachError: it has not the memory that the image wants.
+        """
+        from qemu_postcopy.libvirt.blocks import presume_layout
+        from qemu_postcopy.vm.process import ProcessIdentity
+
+        self._require(State.FOUND)
+        self.identity = ProcessIdentity.open(pid)
+        self._cleanup.callback(self.identity.close)
+        self.identity.require_qemu()
+        self._target, self._monitor, self._presumed = self.identity, monitor, True
+        self._prepare()
+        self._layout = presume_layout(self.identity, self.image.manifest.blocks)
         self._enter(State.FOUND)
 
     def attach(self) -> None:
@@ -351,7 +376,7 @@ class Session:
         self.identity = ProcessIdentity.open(record.pid, record.start_time)
         self._cleanup.callback(self.identity.close)
         self.launched_ns, self._owned_before = record.launched_ns, record.owned
-        self._qmp_path = Path(record.qmp)
+        self._monitor, self._presumed = record.qmp, record.presumed
         self._layout = [
             RamBlock(**{**block, "file_key": tuple(block["file_key"] or ()) or None})
             for block in record.blocks
@@ -385,11 +410,11 @@ class Session:
             StateError: none ever came to be: the device state was not loaded.  Nothing is lost.
         """
         from qemu_postcopy.vm import migration
-        from qemu_postcopy.vm.qmp import Qmp
+        from qemu_postcopy.vm.monitor import connect
 
         if record.state not in GUEST_STATES:
             # QEMU answers when it has loaded what it was given, which our serving lets it do.
-            self._qmp = await Qmp.connect(self._qmp_path, timeout=migration.LOAD_SECONDS)
+            self._qmp = await connect(self._monitor, timeout=migration.LOAD_SECONDS)
             if not await migration.has_loaded(self._qmp):
                 self._unsettled = False
                 raise StateError(
@@ -397,6 +422,7 @@ class Session:
                     hint="nothing is lost: restore it again",
                 )
             self._enter(State.LOADED)
+            await self.confirm()
             if not self.options.paused:
                 await self.resume()
                 self._unsettled = False
@@ -428,6 +454,44 @@ class Session:
                 hint="the devices on its command line must be those of the snapshot",
             ) from error
         self._enter(State.LOADED)
+
+    async def load_by(self, feed: Callable[[int], Awaitable[None]]) -> None:
+        """Lets somebody else see to it that QEMU loads the stream behind a descriptor.
+
+        Raises whatever ``feed`` raises.
+        """
+        self._require(State.LOADED)
+        self._load_begun = True
+        await feed(self._device_state)
+        self._enter(State.LOADED)
+
+    async def confirm(self) -> None:
+        """Asks QEMU whether its memory lies where it was presumed, and whether it can be paged.
+
+        Raises:
+            AttachError, MismatchError: not so.  The guest has not run, and must not; its QEMU was
+                ended.
+        """
+        from qemu_postcopy.vm.layout import confirm
+        from qemu_postcopy.vm.monitor import connect
+        from qemu_postcopy.vm.refusals import refusals
+
+        if not self._presumed:
+            return
+        if self._qmp is None:
+            self._qmp = await connect(self._monitor, timeout=MONITOR_SECONDS)
+        try:
+            await confirm(self._qmp, self._layout)
+            if reasons := await refusals(self._qmp):
+                raise MismatchError(
+                    "this guest's memory cannot be paged: " + "; ".join(reasons),
+                    hint="restore it eagerly, by virsh restore",
+                )
+        except PostcopyError:
+            await self._qmp.execute("quit")
+            self._enter(State.GONE)
+            raise
+        self._presumed = False
 
     async def resume(self) -> None:
         """Lets the guest run, if QEMU has not done so by itself (without -S).
@@ -469,11 +533,11 @@ class Session:
             self.run.update_record(threads=self.accounts.threads())
 
     async def _learn_threads_late(self) -> None:
-        from qemu_postcopy.vm.qmp import Qmp
+        from qemu_postcopy.vm.monitor import connect
 
         assert self.accounts is not None
         try:
-            async with await Qmp.connect(self._qmp_path, timeout=MONITOR_SECONDS) as qmp:
+            async with await connect(self._monitor, timeout=MONITOR_SECONDS) as qmp:
                 await self.accounts.learn(qmp)
         except PostcopyError as error:
             log.info("the monitor is in use, faults are not told apart: %s", error.message)
@@ -666,7 +730,8 @@ class Session:
                 boot_id=boot_id(),
                 image_key=self.image.manifest.state.sha256,
                 owned=self.launched_ns != 0,
-                qmp=str(self._qmp_path),
+                qmp=self._monitor,
+                presumed=self._presumed,
                 paused=options.paused,
                 background=options.background,
                 background_rate=options.background_rate,

@@ -136,6 +136,10 @@ def import_image(
         if xml is not None:
             xml_architecture, guest_name = _read_domain(xml)
             architecture = architecture or xml_architecture
+        if header is not None and launch is None:
+            # What a save file's header says beside the XML, for a restore through libvirt.
+            noted = {"cookie": header.cookie, "was_running": header.was_running}
+            launch = {"libvirt": noted}
         return writer.finish(
             summary,
             architecture=architecture or _guess_architecture(summary.machine),

@@ -39,6 +39,19 @@ class SaveHeader:
     was_running: bool
     #: of the stream in the file; in the sparse format offsets in it count from the file's begin
     stream_offset_bytes: int
+    #: what libvirt notes of the domain beside its XML (the CPU as it was), XML too; may be empty
+    cookie: str = ""
+
+
+def pack_save_head(domain_xml: str, cookie: str, *, was_running: bool) -> bytes:
+    """All that stands before the stream of a save file in the raw format."""
+    data = domain_xml.encode() + b"\0"
+    cookie_offset = 0
+    if cookie:
+        cookie_offset = len(data)
+        data += cookie.encode() + b"\0"
+    numbers = struct.pack("=5I", 2, len(data), int(was_running), 0, cookie_offset)
+    return (MAGIC + numbers).ljust(HEADER_BYTES, b"\0") + data
 
 
 def read_save_header(fd: int) -> SaveHeader:
@@ -67,9 +80,10 @@ def read_save_header(fd: int) -> SaveHeader:
         fail("the libvirt save file ends in its domain XML")
     try:
         text = xml[: cookie or data_bytes].split(b"\0", 1)[0].decode()
+        noted = xml[cookie:].split(b"\0", 1)[0].decode() if cookie else ""
     except UnicodeDecodeError:
         fail("the domain XML of the libvirt save file is not UTF-8")
-    return SaveHeader(FORMATS[number], text, bool(was_running), HEADER_BYTES + data_bytes)
+    return SaveHeader(FORMATS[number], text, bool(was_running), HEADER_BYTES + data_bytes, noted)
 
 
 @contextmanager

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from qemu_postcopy import errors
 from qemu_postcopy.restore import RestoreOptions, describe, restore
 from qemu_postcopy.session import Session, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from qemu_postcopy.libvirt.restore import LibvirtRestoreOptions, Saved
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,14 @@ def restoring(options: RestoreOptions, run: RunDirectory) -> Job:
     """The job of a sidecar that restores; rights that it needs no more are dropped for good."""
     own = replace(options, session=replace(options.session, drop_rights=True))
     return lambda listener: restore(own, run, listener)
+
+
+def restoring_domain(options: LibvirtRestoreOptions, saved: Saved, run: RunDirectory) -> Job:
+    """The job of a sidecar that restores through libvirt."""
+    from qemu_postcopy.libvirt.restore import restore_domain
+
+    own = replace(options, session=replace(options.session, drop_rights=True))
+    return lambda listener: restore_domain(own, saved, run, listener)
 
 
 def recovering(run: RunDirectory) -> Job:

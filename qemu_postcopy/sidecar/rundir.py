@@ -73,8 +73,10 @@ class SessionRecord:
     image_key: str = ""
     #: whether QEMU was launched for this guest, and is nobody else's
     owned: bool = False
-    #: the monitor by which the guest can be asked and continued
+    #: the monitor by which the guest can be asked and continued: a socket, or libvirt:URI#UUID
     qmp: str = ""
+    #: whether QEMU has not confirmed yet where its memory lies (restores through libvirt)
+    presumed: bool = False
     #: whether the guest was to stay stopped after its state was loaded
     paused: bool = False
     background: bool = True

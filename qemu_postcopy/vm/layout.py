@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,7 +158,7 @@ async def read_layout(qmp: Monitor, identity: ProcessIdentity) -> list[RamBlock]
             if ranges is None:
                 ranges = parse_flat_view(await qmp.human("info mtree -f"))
             address = await _address_of(qmp, block, ranges)
-        blocks.append(_describe(block, backend_id, address, mappings, identity))
+        blocks.append(describe_block(block, backend_id, address, mappings, identity))
     _refuse_overlap(blocks)
     return sorted(blocks, key=lambda block: block.name)
 
@@ -206,13 +206,42 @@ async def _address_of(qmp: Monitor, block: ListedBlock, ranges: Iterable[FlatRan
     return begins.pop()
 
 
-def _describe(
+async def confirm(qmp: Monitor, presumed: Sequence[RamBlock]) -> None:
+    """Checks a layout that was had without QEMU's word against QEMU's own; reads nothing of /proc.
+
+    Raises: AttachError where QEMU states something else, or does not know a block.
+    """
+    listed = {block.name: block for block in parse_ramblocks(await qmp.human("info ramblock"))}
+    ranges: list[FlatRange] | None = None
+    for block in presumed:
+        stated = listed.get(block.name)
+        if stated is None:
+            raise _refused(block.name, "QEMU knows no such block")
+        address = stated.address
+        if address is None:
+            if ranges is None:
+                ranges = parse_flat_view(await qmp.human("info mtree -f"))
+            address = await _address_of(qmp, stated, ranges)
+        found = (address, stated.size_bytes, stated.page_size_bytes)
+        if found != (block.address, block.size_bytes, block.page_size_bytes):
+            raise _refused(
+                block.name,
+                f"it lies at {address:#x} ({stated.size_bytes} bytes), and was taken to be at "
+                f"{block.address:#x}",
+            )
+
+
+def describe_block(
     block: ListedBlock,
     backend_id: str,
     address: int,
     mappings: Iterable[Mapping],
     identity: ProcessIdentity,
 ) -> RamBlock:
+    """The block at an address that is known, with what the kernel says of the memory there.
+
+    Raises: AttachError where the memory is of a kind that cannot be paged.
+    """
     covering = covering_mappings(mappings, address, block.size_bytes)
     if not covering:
         raise _refused(block.name, f"no mapping of QEMU's covers it at {address:#x}")

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from qemu_postcopy.errors import QmpError
 
@@ -90,6 +90,12 @@ class Monitor(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Ends the connection; QEMU stays. Never fails."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
 
     async def human(self, command_line: str) -> str:
         """Runs a command of the human monitor and returns its text."""
@@ -187,3 +193,19 @@ class Monitor(ABC):
             before = {name: now[name] for name in changed if name in now}
             if before:
                 await self.execute("migrate-set-parameters", before)
+
+
+async def connect(address: str, timeout: float) -> Monitor:
+    """The monitor at an address: the path of its socket, or libvirt:URI#UUID.
+
+    Raises:
+        QmpError, LibvirtError: nobody answers there within ``timeout`` seconds.
+    """
+    from pathlib import Path
+
+    from qemu_postcopy.libvirt.monitor import ADDRESS_SCHEME, LibvirtMonitor
+    from qemu_postcopy.vm.qmp import Qmp
+
+    if address.startswith(ADDRESS_SCHEME):
+        return await LibvirtMonitor.at(address, timeout)
+    return await Qmp.connect(Path(address), timeout)

@@ -216,6 +216,10 @@ class ProcessIdentity:
         """Its mappings in the order of their addresses, as one read found them."""
         return parse_maps(self._read("maps"))
 
+    def smaps(self) -> str:
+        """/proc/PID/smaps as it is; slow to read (proc_pid_smaps(5))."""
+        return self._read("smaps").decode(errors="replace")
+
     def threads(self) -> list[Thread]:
         """Its threads in ascending order of their ids."""
 

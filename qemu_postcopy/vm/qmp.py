@@ -183,12 +183,6 @@ class Qmp(Monitor):
         if self._watcher is not None:
             await self._watcher
 
-    async def __aenter__(self) -> Qmp:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()
-
     def _lost(self) -> QmpError:
         return QmpError(
             f"the connection to QEMU on {self._label} has ended",
