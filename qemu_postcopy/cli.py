@@ -31,7 +31,7 @@ ELSEWHERE = {
     "serve": ("qemu_postcopy.serve", "serve_command", "Serve a VMM's own userfaultfd."),
     "metrics": ("qemu_postcopy.metrics", "metrics_command", "Export figures to Prometheus."),
     "top": ("qemu_postcopy.top.commands", "top_command", "Watch all guests on one screen."),
-    "report": ("qemu_postcopy.report", "report_command", "Show a trace as an HTML page."),
+    "report": ("qemu_postcopy.report.commands", "report_command", "Show a trace as an HTML page."),
     "demo": ("qemu_postcopy.demo", "demo_command", "Snapshot and resume a real guest, verified."),
 }
 

@@ -214,13 +214,18 @@ class Trace:
     for those who want them by the million.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, cut_allowed: bool = False) -> None:
         """Opens and checks everything but the records.
+
+        ``cut_allowed``: where the end of the file is missing, the records that are there are those
+        of the trace, and ``cut`` says how many are not.
 
         Raises:
             ImageError: it is no trace, of a version that is not known, or damaged.
         """
         self.path = path
+        self._cut_allowed = cut_allowed
+        self.cut = 0
         try:
             with path.open("rb") as file:
                 self._mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -250,8 +255,11 @@ class Trace:
             or threads > MOST_THREADS
         ):
             raise self._damaged("its header is damaged")
-        if RECORDS_OFFSET + count * RECORD.size > size:
-            raise self._damaged("it was cut short")
+        there = max(0, size - RECORDS_OFFSET) // RECORD.size
+        if count > there:
+            if not self._cut_allowed:
+                raise self._damaged(f"it was cut short: {count - there} of {count} faults are lost")
+            self.cut, count = count - there, there
         self.blocks = [self._block(index) for index in range(blocks)]
         self.threads = [self._thread(index) for index in range(threads)]
         self.count = count

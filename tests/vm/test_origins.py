@@ -55,7 +55,7 @@ def test_faults_are_those_of_the_virtual_cpu_and_of_loading(
         faults = Counter(fault.tid for fault in trace)
         assert len(trace) > 0 and trace.lost == 0
     cli("report", path)
-    assert f"{sum(faults.values())} faults" in path.with_name(path.name + ".html").read_text()
+    assert f"{sum(faults.values()):,} faults" in path.with_name(path.name + ".html").read_text()
     (vcpu,) = (thread.tid for thread in trace.threads if thread.origin == "vCPU 0")
     assert faults[vcpu] == guest.status()["origins"]["vCPU 0"]["faults"]
     assert set(faults) == {thread.tid for thread in trace.threads}

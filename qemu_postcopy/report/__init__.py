@@ -1,0 +1,1 @@
+"""``qemu-postcopy report``: a trace of faults as one HTML page."""
