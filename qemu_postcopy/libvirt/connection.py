@@ -40,8 +40,8 @@ def load() -> Any:
     except ImportError as error:
         raise HostError(
             f"libvirt-python is missing: {error}",
-            hint="pip install 'qemu-postcopy[libvirt]'; it is compiled: gcc, pkg-config, libvirt-dev "
-            "and Python's headers are needed",
+            hint="pip install 'qemu-postcopy[libvirt]'; it is compiled, with gcc, pkg-config, "
+            "libvirt-dev and Python's headers",
         ) from error
     return libvirt
 
