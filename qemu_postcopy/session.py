@@ -219,8 +219,13 @@ class Session:
             AttachError: rights are missing.
         """
         from qemu_postcopy.vm.launch import launch
+        from qemu_postcopy.vm.spec import memory_files
 
         self._require(State.FOUND)
+        if paths := memory_files(argv):
+            from qemu_postcopy.vm.emptiness import refuse_used_files
+
+            refuse_used_files(paths)
         self._way = way = self._choose_way()
         self.attached_by = way.name
         self.launched_ns = time.monotonic_ns()
@@ -308,13 +313,14 @@ class Session:
             AttachError: rights are missing, or RAM is of a kind that cannot be paged; QEMU is left
                 as it was.
         """
+        from qemu_postcopy.vm.collapse import refuse_collapsible
         from qemu_postcopy.vm.emptiness import ensure_empty
 
         self._require(State.ATTACHED)
         assert self._target is not None
+        refuse_collapsible(self._layout, self._target)
         for block in self._layout:
-            if block.file_key is not None:  # other memory can only be checked, which serve() does
-                ensure_empty(block, self._target)
+            ensure_empty(block, self._target)
         if self._userfaultfd < 0:
             self._take_userfaultfd()
         self._enter(State.ATTACHED)

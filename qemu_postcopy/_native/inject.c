@@ -24,8 +24,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "inject_registers.h"
 #include "uffd.h"
 
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
@@ -88,85 +92,6 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* ---- what differs between the architectures ---- */
-
-typedef struct user_regs_struct registers;
-
-#if defined(__x86_64__)
-
-static const unsigned char syscall_instruction[] = { 0x0f, 0x05 };
-enum { INSTRUCTION_ALIGNMENT = 1 };
-
-static uint64_t stack_pointer(const registers *regs)
-{
-    return regs->rsp;
-}
-
-static void prepare_call(registers *regs, uint64_t at, long number, const uint64_t args[4])
-{
-    regs->rip = at;
-    regs->rax = (uint64_t)number;
-    /* No restart of whatever call was interrupted: that waits until our registers are gone. */
-    regs->orig_rax = (uint64_t)-1;
-    regs->rdi = args[0];
-    regs->rsi = args[1];
-    regs->rdx = args[2];
-    regs->r10 = args[3];
-}
-
-static int64_t call_result(const registers *regs)
-{
-    return (int64_t)regs->rax;
-}
-
-/* orig_rax is part of the set: the interrupted call restarts as if nothing had happened. */
-static int restore_call_state(pid_t tid)
-{
-    (void)tid;
-    return 0;
-}
-
-#else
-
-static const unsigned char syscall_instruction[] = { 0x01, 0x00, 0x00, 0xd4 }; /* svc #0 */
-enum { INSTRUCTION_ALIGNMENT = 4 };
-#ifndef NT_ARM_SYSTEM_CALL
-#define NT_ARM_SYSTEM_CALL 0x404
-#endif
-
-static uint64_t stack_pointer(const registers *regs)
-{
-    return regs->sp;
-}
-
-static void prepare_call(registers *regs, uint64_t at, long number, const uint64_t args[4])
-{
-    regs->pc = at;
-    regs->regs[8] = (uint64_t)number;
-    for (int i = 0; i < 4; i++)
-        regs->regs[i] = args[i];
-}
-
-static int64_t call_result(const registers *regs)
-{
-    return (int64_t)regs->regs[0];
-}
-
-/*
- * arm64 winds an interrupted call back (pc on the svc, x0 as it was) before the tracer sees the
- * stop, so restoring the registers restarts it; a call that would go on by restart_syscall(2)
- * begins its time limit anew. Left to do: no call of ours may count as interrupted.
- */
-static int restore_call_state(pid_t tid)
-{
-    int none = -1;
-    struct iovec set = { &none, sizeof(none) };
-
-    return ptrace(PTRACE_SETREGSET, tid, NT_ARM_SYSTEM_CALL, &set) < 0 ? -1 : 0;
-}
-
-#endif
-
 /* ---- before the stop: a system call instruction in the target's own code ---- */
 
 /* Looks for one in [start, end) of the target; 0 if there is none. */
@@ -228,6 +153,7 @@ struct request {
     int pid, pidfd, memory, count, per_thread_ms;
     const int *tids;
     uint64_t instruction, deadline_ns;
+    uint64_t discard_start, discard_length; /* bytes; 0: a userfaultfd is wanted */
     int device_fd; /* to be passed over this socket, or -1 */
     int listener;
     struct sockaddr_un address;
@@ -492,44 +418,28 @@ static void fill_scratch(struct scratch *scratch, const struct request *request,
     scratch->message.msg_controllen = sizeof(scratch->control);
 }
 
-/* With the thread standing still: lend its stack and registers, run the calls, give all back. */
-static enum attempt work_in_stopped(const struct request *request, pid_t tid,
-                                    struct answer *answer)
+/* Opens the descriptor; what the calls need lies on the thread's stack meanwhile. */
+static enum attempt open_with_stack(const struct request *request, pid_t tid,
+                                    const registers *saved, struct answer *answer)
 {
     struct qpc_injection *injection = &answer->injection;
-    uint64_t saved_mask, every_signal = ~(uint64_t)0;
     char saved_bytes[SCRATCH_BYTES];
     struct scratch scratch;
-    registers saved;
-    uint64_t base;
-    int restored;
-
-    if (get_registers(tid, &saved) < 0) {
-        qpc_error_set(&answer->error, errno == ENOEXEC ? QPC_UNSUPPORTED : QPC_GONE,
-                      errno == ENOEXEC ? 0 : errno, "%s",
-                      errno == ENOEXEC ? "the target is a 32-bit program"
-                                       : "the thread ended while it was looked at");
-        return ATTEMPT_FAILED;
-    }
     /* Aligned to its own size, so that it lies in one page. */
-    base = (stack_pointer(&saved) - RED_ZONE_BYTES - SCRATCH_BYTES) &
-           ~(uint64_t)(SCRATCH_BYTES - 1);
+    uint64_t base = (stack_pointer(saved) - RED_ZONE_BYTES - SCRATCH_BYTES) &
+                    ~(uint64_t)(SCRATCH_BYTES - 1);
+
     if (pread(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)base) !=
-            (ssize_t)sizeof(saved_bytes) ||
-        ptrace(PTRACE_GETSIGMASK, tid, sizeof(saved_mask), &saved_mask) < 0 ||
-        ptrace(PTRACE_SETSIGMASK, tid, sizeof(every_signal), &every_signal) < 0)
+        (ssize_t)sizeof(saved_bytes))
         return ATTEMPT_NEXT_THREAD;
     fill_scratch(&scratch, request, base);
     if (pwrite(request->memory, &scratch, sizeof(scratch), (off_t)base) ==
         (ssize_t)sizeof(scratch))
-        injection->remote_fd = open_in_target(request, tid, &saved, base, injection);
+        injection->remote_fd = open_in_target(request, tid, saved, base, injection);
     else
         injection->device_errno = injection->syscall_errno = errno;
-    restored = pwrite(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)base) ==
-               (ssize_t)sizeof(saved_bytes);
-    restored &= ptrace(PTRACE_SETSIGMASK, tid, sizeof(saved_mask), &saved_mask) == 0;
-    restored &= set_registers(tid, &saved) == 0 && restore_call_state(tid) == 0;
-    if (!restored) {
+    if (pwrite(request->memory, saved_bytes, sizeof(saved_bytes), (off_t)base) !=
+        (ssize_t)sizeof(saved_bytes)) {
         qpc_error_set(&answer->error, QPC_GONE, 0, "thread %d died during the attach", tid);
         return ATTEMPT_FAILED;
     }
@@ -539,6 +449,53 @@ static enum attempt work_in_stopped(const struct request *request, pid_t tid,
         return ATTEMPT_FAILED;
     }
     return ATTEMPT_DONE;
+}
+
+/* Drops a range of private pages. */
+static enum attempt discard(const struct request *request, pid_t tid, const registers *saved,
+                            struct answer *answer)
+{
+    uint64_t args[4] = { request->discard_start, request->discard_length, MADV_DONTNEED_LOCKED };
+    int64_t result = call_in_target(tid, saved, request->instruction, SYS_madvise, args);
+
+    if (result == -EINVAL) { /* before Linux 5.18; there it cannot be done to locked pages */
+        args[2] = MADV_DONTNEED;
+        result = call_in_target(tid, saved, request->instruction, SYS_madvise, args);
+    }
+    if (result == 0)
+        return ATTEMPT_DONE;
+    qpc_error_set(&answer->error, QPC_REFUSED, (int)-result, "its pages cannot be dropped");
+    return ATTEMPT_FAILED;
+}
+
+/* With the thread standing still: lend its registers, run the calls, give all back. */
+static enum attempt work_in_stopped(const struct request *request, pid_t tid,
+                                    struct answer *answer)
+{
+    uint64_t saved_mask, every_signal = ~(uint64_t)0;
+    enum attempt attempt;
+    registers saved;
+    int restored;
+
+    if (get_registers(tid, &saved) < 0) {
+        qpc_error_set(&answer->error, errno == ENOEXEC ? QPC_UNSUPPORTED : QPC_GONE,
+                      errno == ENOEXEC ? 0 : errno, "%s",
+                      errno == ENOEXEC ? "the target is a 32-bit program"
+                                       : "the thread ended while it was looked at");
+        return ATTEMPT_FAILED;
+    }
+    if (ptrace(PTRACE_GETSIGMASK, tid, sizeof(saved_mask), &saved_mask) < 0 ||
+        ptrace(PTRACE_SETSIGMASK, tid, sizeof(every_signal), &every_signal) < 0)
+        return ATTEMPT_NEXT_THREAD;
+    attempt = request->discard_length ? discard(request, tid, &saved, answer)
+                                      : open_with_stack(request, tid, &saved, answer);
+    restored = ptrace(PTRACE_SETSIGMASK, tid, sizeof(saved_mask), &saved_mask) == 0;
+    restored &= set_registers(tid, &saved) == 0 && restore_call_state(tid) == 0;
+    if (!restored) {
+        qpc_error_set(&answer->error, QPC_GONE, 0, "thread %d died during the attach", tid);
+        return ATTEMPT_FAILED;
+    }
+    return attempt;
 }
 
 /* `again`: it is seized already, and was not to be stopped so far. */
@@ -656,20 +613,18 @@ static int run_child(const struct request *request, struct answer *answer, int t
     return 0;
 }
 
-int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
-                           int total_ms, int device_fd, struct qpc_injection *out,
-                           struct qpc_error *err)
+/* What both calls do: check, look for the instruction, let a child work. */
+static int inject(struct request request, int total_ms, struct qpc_injection *out,
+                  struct qpc_error *err)
 {
-    struct request request = { .pid = pid, .pidfd = pidfd, .tids = tids, .count = count,
-                               .per_thread_ms = per_thread_ms, .device_fd = device_fd,
-                               .listener = -1 };
+    const int pid = request.pid, pidfd = request.pidfd;
     struct answer *answer;
     char path[64];
     int result = -1;
 
     memset(out, 0, sizeof(*out));
     out->remote_fd = -1;
-    if (pid <= 0 || count <= 0 || per_thread_ms <= 0 || total_ms <= 0)
+    if (pid <= 0 || request.count <= 0 || request.per_thread_ms <= 0 || total_ms <= 0)
         return qpc_error_set(err, QPC_INVALID, 0, "a PID, threads and time limits are needed");
     if (target_exited(pidfd))
         return qpc_error_set(err, QPC_GONE, 0, "process %d has exited", pid);
@@ -687,7 +642,7 @@ int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int p
     } else if (!request.instruction) {
         qpc_error_set(err, QPC_UNSUPPORTED, 0, "no system call instruction found in process %d",
                       pid);
-    } else if (device_fd >= 0 && open_listener(&request) < 0) {
+    } else if (request.device_fd >= 0 && open_listener(&request) < 0) {
         qpc_error_set(err, QPC_SYSTEM, errno, "cannot make a socket");
     } else {
         request.deadline_ns = now_ns() + (uint64_t)total_ms * 1000000u;
@@ -707,11 +662,42 @@ int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int p
     return result;
 }
 
+int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
+                           int total_ms, int device_fd, struct qpc_injection *out,
+                           struct qpc_error *err)
+{
+    return inject((struct request){ .pid = pid, .pidfd = pidfd, .tids = tids, .count = count,
+                                    .per_thread_ms = per_thread_ms, .device_fd = device_fd,
+                                    .listener = -1 },
+                  total_ms, out, err);
+}
+
+int qpc_inject_discard(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
+                       int total_ms, uint64_t start, uint64_t length, struct qpc_error *err)
+{
+    struct qpc_injection injection;
+
+    if (!length)
+        return qpc_error_set(err, QPC_INVALID, 0, "a range is needed");
+    return inject((struct request){ .pid = pid, .pidfd = pidfd, .tids = tids, .count = count,
+                                    .per_thread_ms = per_thread_ms, .device_fd = -1,
+                                    .listener = -1, .discard_start = start,
+                                    .discard_length = length },
+                  total_ms, &injection, err);
+}
+
 #else
 
 int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
                            int total_ms, int device_fd, struct qpc_injection *out,
                            struct qpc_error *err)
+{
+    return qpc_error_set(err, QPC_UNSUPPORTED, 0,
+                         "ptrace injection is written for 64-bit x86 and ARM only");
+}
+
+int qpc_inject_discard(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
+                       int total_ms, uint64_t start, uint64_t length, struct qpc_error *err)
 {
     return qpc_error_set(err, QPC_UNSUPPORTED, 0,
                          "ptrace injection is written for 64-bit x86 and ARM only");

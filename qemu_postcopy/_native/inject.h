@@ -1,6 +1,7 @@
 /*
  * Makes one thread of another process open a userfaultfd for its own memory (ptrace(2)), and
  * takes a copy of the descriptor over (pidfd_getfd(2)). The original stays open in the target.
+ * The same way it is made to drop private pages.
  *
  * The tracing is done by a short-lived child of the caller. Three things rest on that:
  * - A thread that cannot be stopped cannot be detached either (PTRACE_DETACH wants a stopped
@@ -46,6 +47,15 @@ struct qpc_injection {
 int qpc_inject_userfaultfd(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
                            int total_ms, int device_fd, struct qpc_injection *out,
                            struct qpc_error *err);
+
+/*
+ * Has a thread drop its process's private pages in [start, start+length) (MADV_DONTNEED_LOCKED, or
+ * MADV_DONTNEED before Linux 5.18): what only that process itself can do. The rest as above.
+ * QPC_REFUSED with errnum: the kernel did not drop them. The thread stands still meanwhile, some
+ * 50 ms per GiB: total_ms must allow for that.
+ */
+int qpc_inject_discard(int pid, int pidfd, const int *tids, int count, int per_thread_ms,
+                       int total_ms, uint64_t start, uint64_t length, struct qpc_error *err);
 
 /* A close-on-exec copy of descriptor remote_fd of the process behind pidfd. */
 int qpc_fd_take(int pidfd, int remote_fd, struct qpc_error *err);

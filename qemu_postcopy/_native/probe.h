@@ -29,6 +29,14 @@ int qpc_probe_ptrace(int stranger, struct qpc_error *err);
 
 /* pidfd_open(2) of a child and pidfd_getfd(2) of a descriptor that only the child has. */
 int qpc_probe_pidfd_getfd(struct qpc_error *err);
+
+/*
+ * Whether pages that are missing in shared memory under a userfaultfd stay missing when the kernel
+ * makes a huge page of what is around them (khugepaged, MADV_COLLAPSE): 1 if so, 0 if it fills them
+ * with zeros, which no fault tells of (before "mm/khugepaged: skip shmem with userfaultfd", 2023), -1
+ * where that cannot be found out. Takes about a millisecond.
+ */
+int qpc_probe_collapse(struct qpc_error *err);
 /* cdef-end */
 
 #endif

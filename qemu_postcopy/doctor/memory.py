@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from qemu_postcopy.doctor.report import Finding
+from qemu_postcopy.vm.collapse import missing_pages_stay_missing
 
 AREA = "memory"
 POOLS = Path("/sys/kernel/mm/hugepages")
@@ -84,9 +85,8 @@ def transparent_findings() -> list[Finding]:
     anonymous = chosen(TRANSPARENT / "enabled")
     shmem = chosen(TRANSPARENT / "shmem_enabled")
     anonymous_usable = anonymous in ("always", "madvise")
-    # A page of 2 MiB that the kernel makes on a first write outside of the registered mapping takes
-    # 511 neighbours with it, which then never fault.
-    shmem_intrudes = shmem in ("always", "force")
+    stay_missing = missing_pages_stay_missing()
+    shmem_off = shmem in ("never", "deny", "absent")
     return [
         Finding(
             "memory.thp",
@@ -104,12 +104,15 @@ def transparent_findings() -> list[Finding]:
             "memory.thp_shmem",
             AREA,
             "transparent huge pages, memfd and /dev/shm",
-            "warn" if shmem_intrudes else "ok",
-            shmem,
-            "With always or force, a writer with another mapping of guest memory (a vhost-user"
-            " back-end) brings in 2 MiB at once, zeros included.",
-            f"echo advise > {TRANSPARENT / 'shmem_enabled'}" if shmem_intrudes else "",
-            data={"shmem_enabled": shmem},
+            "ok" if stay_missing else "warn" if shmem_off else "missing",
+            f"{shmem}; khugepaged "
+            + ("leaves missing pages alone" if stay_missing else "would fill missing pages"),
+            "Guests in memfd or tmpfs are refused where such pages are on: a missing page would"
+            " become zeros, and no fault would tell.",
+            ""
+            if stay_missing
+            else f"echo never > {TRANSPARENT / 'shmem_enabled'} (and no tmpfs with huge=)",
+            data={"shmem_enabled": shmem, "missing_pages_stay_missing": stay_missing},
         ),
     ]
 

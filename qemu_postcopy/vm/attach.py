@@ -25,6 +25,8 @@ HELPER_LIMIT_SECONDS = 1.0
 HELPER_POLL_SECONDS = 0.001
 PER_THREAD_LIMIT_MS = 50
 TOTAL_LIMIT_MS = 5000
+#: As much private memory as one stop drops; filled with small pages that takes some 0.1 s.
+DISCARD_BYTES = 1 << 30
 DEVICE = Path("/dev/userfaultfd")
 SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -143,6 +145,44 @@ def _open_device() -> int:
         return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return -1
+
+
+def discard_private_pages(identity: ProcessIdentity, address: int, size_bytes: int) -> None:
+    """Has QEMU drop its private pages in a range, which nobody else can do; locked ones too.
+
+    Not of registered memory: the drop would wait for its event to be read.
+
+    Raises:
+        TargetGoneError, AttachTimeoutError: as :func:`take_userfaultfd`.
+        AttachError: a right is missing, or the kernel does not drop them (locked, before 5.18).
+    """
+    tids = thread_order(identity.threads(), identity.pid)
+    for begin in range(address, address + size_bytes, DISCARD_BYTES):
+        length = min(DISCARD_BYTES, address + size_bytes - begin)
+        error = new_error()
+        result = lib.qpc_inject_discard(
+            identity.pid,
+            identity.pidfd,
+            tids,
+            len(tids),
+            PER_THREAD_LIMIT_MS,
+            TOTAL_LIMIT_MS,
+            begin,
+            length,
+            error,
+        )
+        try:
+            check(result, error)
+        except (TargetGoneError, AttachTimeoutError):
+            raise
+        except PostcopyError as failure:
+            raise AttachError(
+                f"private memory of QEMU (PID {identity.pid}) is filled already, and cannot be "
+                f"emptied: {failure.message}",
+                hint="Start QEMU without prealloc=on and mem-lock=on, or with "
+                "memory-backend-memfd,share=on.",
+                vm=identity.pid,
+            ) from failure
 
 
 def take_left_userfaultfd(identity: ProcessIdentity, number: int) -> TakenDescriptor:

@@ -11,8 +11,10 @@ import asyncio
 import itertools
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from qemu_postcopy.errors import AttachError, QmpError
@@ -47,7 +49,8 @@ class RamBlock:
         address: of its first byte, in QEMU's address space.
         size_bytes, page_size_bytes: of the block, of one page of its back-end.
         backing: what kind of memory.
-        shared: whether QEMU maps it shared.
+        shared: whether QEMU maps it shared: then its pages are the file's. Those of a private
+            mapping are QEMU's own, and where it has none, the file's show through.
         file_key: device and inode, None for anonymous memory.
         file_path: a path in /proc that opens that file from here, None for anonymous memory.
         file_offset_bytes: where in the file the block begins.
@@ -160,6 +163,7 @@ async def read_layout(qmp: Monitor, identity: ProcessIdentity) -> list[RamBlock]
             address = await _address_of(qmp, block, ranges)
         blocks.append(describe_block(block, backend_id, address, mappings, identity))
     _refuse_overlap(blocks)
+    _refuse_second_mappings(blocks, mappings)
     return sorted(blocks, key=lambda block: block.name)
 
 
@@ -253,14 +257,21 @@ def describe_block(
         gap = mapping.file_offset_bytes - first.file_offset_bytes - mapping.start + first.start
         if mapping.file_key != key or mapping.shared != first.shared or (key and gap):
             raise _refused(block.name, "what QEMU maps there is not one piece of memory")
-    if address % block.page_size_bytes:
-        raise _refused(block.name, f"its address {address:#x} is not a multiple of its page size")
+    if address % block.page_size_bytes or block.size_bytes % block.page_size_bytes:
+        raise _refused(
+            block.name,
+            f"its address {address:#x} or its size, {block.size_bytes} bytes, is not a multiple of "
+            f"its page size, {block.page_size_bytes} bytes",
+        )
     path = None
     if key is not None:
         path = identity.descriptor_path(key)
         if path is None:
             # Shared anonymous memory has no descriptor; this way needs CAP_SYS_ADMIN (proc(5)).
             path = f"/proc/{identity.pid}/map_files/{first.start:x}-{first.end:x}"
+        elif not stat.S_ISREG(Path(path).stat().st_mode):
+            # Device DAX and SGX memory lie in /dev, on what is a tmpfs otherwise.
+            raise _refused(block.name, f"{first.path} is a device, not a file")
     return RamBlock(
         name=block.name,
         backend_id=backend_id,
@@ -278,19 +289,13 @@ def describe_block(
 def _backing(block: ListedBlock, mapping: Mapping, identity: ProcessIdentity) -> Backing:
     if mapping.file_key is None:
         return "anonymous"
-    if not mapping.shared:
-        raise _refused(
-            block.name,
-            f"it is a private mapping of {mapping.path}, whose pages would show through: "
-            "use share=on",
-        )
     if block.page_size_bytes > os.sysconf("SC_PAGE_SIZE"):
         return "hugetlb"
     # The kernel's own tmpfs mount appears in no mount table; what lies on it has these names.
     if mapping.path.startswith(("/memfd:", "/dev/zero", "/SYSV")):
         return "memfd"
-    device = f"{mapping.device_major}:{mapping.device_minor}"
-    kind = _file_system(identity, device)
+    mount = _mount(identity, mapping.file_key)
+    kind = mount[0] if mount else None
     if kind not in CONTROLLABLE:
         raise _refused(
             block.name,
@@ -300,14 +305,23 @@ def _backing(block: ListedBlock, mapping: Mapping, identity: ProcessIdentity) ->
     return "file"
 
 
-def _file_system(identity: ProcessIdentity, device: str) -> str | None:
-    """The type of the file system with this device number, in the target's mount namespace."""
-    # proc(5): ID, parent, major:minor, ..., then " - " and the type.
+def _mount(identity: ProcessIdentity, key: FileKey) -> tuple[str, str] | None:
+    """Type and options of the file system that holds the file, in the target's mount namespace."""
+    device = f"{key[0]}:{key[1]}"
+    # proc(5): ID, parent, major:minor, ..., then " - ", the type, the source, and its options.
     for line in identity.mounts().splitlines():
         before, _, after = line.partition(" - ")
         if before.split()[2] == device:
-            return after.split()[0]
+            kind, _, options = after.split(" ", 2)
+            return kind, options
     return None
+
+
+def mount_options(identity: ProcessIdentity, key: FileKey) -> str | None:
+    """The options that belong to the file system itself, `size=1g,huge=always`; None if it is in no
+    mount table."""
+    mount = _mount(identity, key)
+    return mount[1] if mount else None
 
 
 def covering_mappings(mappings: Iterable[Mapping], address: int, size_bytes: int) -> list[Mapping]:
@@ -331,6 +345,30 @@ def _refuse_overlap(blocks: list[RamBlock]) -> None:
     for before, after in itertools.pairwise(ordered):
         if before.address + before.size_bytes > after.address:
             raise _refused(after.name, f"it would overlap {before.name}")
+
+
+def _refuse_second_mappings(blocks: Iterable[RamBlock], mappings: Iterable[Mapping]) -> None:
+    """A page of a file that QEMU maps twice would be filled by the first touch through the other
+    mapping: with zeros if nobody watches that one."""
+    found = list(mappings)
+    for block in blocks:
+        if block.file_key is None:
+            continue
+        first, last = block.file_offset_bytes, block.file_offset_bytes + block.size_bytes
+        for mapping in found:
+            if mapping.file_key != block.file_key:
+                continue
+            if block.address <= mapping.start < block.address + block.size_bytes:
+                continue
+            if mapping.start <= block.address < mapping.end:  # one mapping, more than the block
+                continue
+            begin = mapping.file_offset_bytes
+            if begin < last and first < begin + mapping.end - mapping.start:
+                raise _refused(
+                    block.name,
+                    f"QEMU maps the same part of {mapping.path} a second time, at "
+                    f"{mapping.start:#x}: give each memory back-end a file, or a part, of its own",
+                )
 
 
 def _refused(block: str, reason: str) -> AttachError:

@@ -261,7 +261,7 @@ class ProcessIdentity:
 
         Without CAP_SYS_PTRACE that is: the processes of the same user.
         """
-        return [mapper for mapper in _mappers_of(key) if mapper.pid != self.pid]
+        return [mapper for mapper in mappers_of(key) if mapper.pid != self.pid]
 
     def _read(self, name: str) -> bytes:
         return self._look(Path(f"/proc/{self.pid}/{name}").read_bytes)
@@ -291,7 +291,8 @@ def _gone(pid: int) -> TargetGoneError:
     )
 
 
-def _mappers_of(key: FileKey) -> Iterator[Mapper]:
+def mappers_of(key: FileKey) -> Iterator[Mapper]:
+    """Every process that maps this file, as far as this one may see."""
     major, minor, inode = key
     needle = f" {major:02x}:{minor:02x} {inode} ".encode()
     for entry in os.scandir("/proc"):

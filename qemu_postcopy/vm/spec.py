@@ -6,7 +6,8 @@ read from /proc/PID/cmdline or from an image further than its syntax.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +156,7 @@ DROPPED_WITH_VALUE = frozenset(
     ["incoming", "pidfile", "qmp", "qmp-pretty", "monitor", "mon", "loadvm", "gdb"]
 )
 #: ... and without.
-DROPPED = frozenset(["S", "daemonize", "s"])
+DROPPED = frozenset(["S", "daemonize", "s", "mem-prealloc"])
 #: All other options of QEMU 7.2 to 10.0 without a value (qemu-options.hx), kept as they are.
 FLAGS = frozenset(
     [
@@ -182,7 +183,6 @@ FLAGS = frozenset(
         "semihosting",
         "singlestep",
         "old-param",
-        "mem-prealloc",
         "usb",
         "portrait",
         "enable-fips",
@@ -209,9 +209,10 @@ def restore_arguments(argv: list[str], machine_type: str) -> list[str]:
     """The command line that restores into a QEMU equal to the one that was started by ``argv``.
 
     Dropped: monitors with their character devices, gdb stubs, `-incoming`, `-loadvm`, `-S`,
-    `-daemonize`, `-pidfile`. The machine type becomes the versioned one, since an alias such as
-    `pc` means another machine in another QEMU. `-incoming defer -S` is added; the monitor is added
-    by the launch.
+    `-daemonize`, `-pidfile`, and what has QEMU fill its memory in advance, to be taken out again
+    (`-mem-prealloc`, `prealloc=`). The machine type becomes the versioned one, since an alias such
+    as `pc` means another machine in another QEMU. `-incoming defer -S` is added; the monitor is
+    added by the launch.
 
     Raises: MismatchError where the arguments name inherited descriptors, which died with the
     process that had them; UsageError for a list without a program.
@@ -239,7 +240,9 @@ def restore_arguments(argv: list[str], machine_type: str) -> list[str]:
             continue
         if value is not None:
             _refuse_descriptors(argument)
-        if argument.name in MACHINE_OPTIONS and value is not None:
+        if argument.name == "object" and value is not None:
+            kept += [argument.text, _without_prealloc(value)]
+        elif argument.name in MACHINE_OPTIONS and value is not None:
             versioned = _with_machine_type(value, machine_type)
             typed = typed or versioned is not None
             kept += [argument.text, versioned or value]
@@ -248,6 +251,41 @@ def restore_arguments(argv: list[str], machine_type: str) -> list[str]:
     if not typed:
         kept = ["-machine", machine_type, *kept]
     return [argv[0], *kept, "-incoming", "defer", "-S"]
+
+
+def memory_files(argv: list[str]) -> list[str]:
+    """The paths that a QEMU started by ``argv`` maps as guest memory; files or directories."""
+    paths = []
+    for argument in _split(argv[1:]):
+        if argument.name == "mem-path" and argument.value is not None:
+            paths.append(argument.value)
+        elif argument.name == "object":
+            path = _object_properties(argument.value).get("mem-path")
+            if isinstance(path, str):
+                paths.append(path)
+    return paths
+
+
+def _object_properties(value: str | None) -> Mapping[str, object]:
+    """Of an object in either of QEMU's notations, `kind,key=value` and JSON."""
+    if value is None or not value.startswith("{"):
+        return _properties(value)
+    try:
+        properties = json.loads(value)
+    except ValueError:
+        return {}
+    return properties if isinstance(properties, dict) else {}
+
+
+def _without_prealloc(value: str) -> str:
+    properties = _object_properties(value)
+    kind = properties.get("qom-type", properties.get(""))
+    if "prealloc" not in properties or not str(kind).startswith("memory-backend-"):
+        return value
+    if value.startswith("{"):
+        return json.dumps({key: item for key, item in properties.items() if key != "prealloc"})
+    parts = [part for part in _option_list(value) if not part.startswith("prealloc=")]
+    return ",".join(option_value(part) for part in parts)
 
 
 def _split(words: Iterable[str]) -> list[_Argument]:

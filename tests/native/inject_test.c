@@ -393,6 +393,31 @@ static void case_blocked_thread(void)
     end_target();
 }
 
+/* A private page is dropped, locked or not; what cannot be dropped is refused; nobody notices. */
+static void case_discard(void)
+{
+    struct qpc_error err;
+    char path[64], byte = 'p';
+    int memory, tid, thread = COMPUTE;
+
+    start_target();
+    snprintf(path, sizeof(path), "/proc/%d/mem", target);
+    memory = open(path, O_RDWR | O_CLOEXEC);
+    tid = atomic_load(&shared->tids[thread]);
+    CHECK(pwrite(memory, &byte, 1, (off_t)(uintptr_t)fault_page) == 1, "write");
+    CHECK(qpc_inject_discard(target, target_pidfd, &tid, 1, 50, 2000, (uintptr_t)fault_page, PAGE,
+                             &err) == 0, "code %d: %s", err.code, err.message);
+    CHECK(pread(memory, &byte, 1, (off_t)(uintptr_t)fault_page) == 1 && byte == 0, "%d", byte);
+    CHECK(qpc_inject_discard(target, target_pidfd, &tid, 1, 50, 2000, 1 << 12, PAGE, &err) < 0 &&
+          err.code == QPC_REFUSED && err.errnum == ENOMEM, "code %d, errno %d", err.code,
+          err.errnum);
+    CHECK(qpc_inject_discard(target, target_pidfd, &tid, 1, 50, 2000, 0, 0, &err) < 0 &&
+          err.code == QPC_INVALID, "code %d", err.code);
+    close(memory);
+    check_target_unharmed();
+    end_target();
+}
+
 /* A PID that ended, and one whose pidfd says that it was another process. */
 static void case_gone(void)
 {
@@ -580,6 +605,7 @@ int main(int argc, char **argv)
     } cases[] = {
         { "unnoticed", case_unnoticed },
         { "blocked_thread", case_blocked_thread },
+        { "discard", case_discard },
         { "gone", case_gone },
         { "stopped_process", case_stopped_process },
         { "no_descriptor_left", case_no_descriptor_left },

@@ -33,8 +33,10 @@ static int probe(int number, struct qpc_error *err)
     case 3:
     case 4:
         return qpc_probe_ptrace(number == 4, err);
-    default:
+    case 5:
         return qpc_probe_pidfd_getfd(err);
+    default:
+        return qpc_probe_collapse(err);
     }
 }
 
@@ -43,7 +45,7 @@ int main(void)
     uint64_t features = 0;
     int number, before, failed = 0;
 
-    for (number = 0; number < 6; number++) {
+    for (number = 0; number < 7; number++) {
         struct qpc_error first = { 0 }, second = { 0 };
         int first_result = probe(number, &first), second_result;
 

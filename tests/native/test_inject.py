@@ -25,6 +25,7 @@ def driver(build_driver: Callable[..., Path]) -> Path:
     [
         "unnoticed",
         "blocked_thread",
+        "discard",
         "gone",
         "stopped_process",
         "no_descriptor_left",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qemu_postcopy.errors import ImageError, MismatchError, UsageError
-from qemu_postcopy.vm.spec import MemoryBackend, VmSpec, restore_arguments
+from qemu_postcopy.vm.spec import MemoryBackend, VmSpec, memory_files, restore_arguments
 
 MIB = 1 << 20
 RUN_DIR = Path("/run/guest")
@@ -147,6 +147,33 @@ def test_inherited_descriptors_are_refused(arguments: list[str]) -> None:
 def test_value_that_looks_like_an_option_is_left_alone() -> None:
     arguments = ["-machine", "pc-i440fx-7.2", "-append", "-S", "-name", "-incoming"]
     assert restored(*arguments) == [*arguments, "-incoming", "defer", "-S"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["-mem-prealloc", "-mem-path", "/dev/shm"], ["-mem-path", "/dev/shm"]),
+        (
+            ["-object", "memory-backend-file,id=m0,size=1G,mem-path=/dev/shm/a,,b,prealloc=on"],
+            ["-object", "memory-backend-file,id=m0,size=1G,mem-path=/dev/shm/a,,b"],
+        ),
+        (
+            ["-object", '{"qom-type":"memory-backend-memfd","id":"m0","prealloc":true,"size":1}'],
+            ["-object", '{"qom-type": "memory-backend-memfd", "id": "m0", "size": 1}'],
+        ),
+        (["-object", "iothread,id=prealloc"], ["-object", "iothread,id=prealloc"]),
+        (["-object", "{damaged"], ["-object", "{damaged"]),
+    ],
+)
+def test_memory_is_not_filled_in_advance(before: list[str], after: list[str]) -> None:
+    machine = ["-M", "pc-i440fx-7.2"]
+    assert restored(*machine, *before) == [*machine, *after, "-incoming", "defer", "-S"]
+
+
+def test_files_that_become_guest_memory_are_known() -> None:
+    argv = ["qemu", "-mem-path", "/a", "-object", "memory-backend-file,id=x,mem-path=/b,,c"]
+    argv += ["-object", '{"qom-type":"memory-backend-file","mem-path":"/d"}', "-object", "rng,id=r"]
+    assert memory_files(argv) == ["/a", "/b,c", "/d"]
 
 
 def test_empty_command_line_is_refused() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qemu_postcopy.errors import AttachError
-from qemu_postcopy.vm.emptiness import Emptied, ensure_empty
+from qemu_postcopy.vm.emptiness import Emptied, ensure_empty, require_empty
 from qemu_postcopy.vm.launch import QemuProcess, launch
 from qemu_postcopy.vm.layout import RamBlock, read_layout
 from qemu_postcopy.vm.spec import MemoryBackend, MemoryKind, VmSpec
@@ -166,10 +166,48 @@ def test_shared_memory_without_a_descriptor_is_emptied(start: Start) -> None:
     assert guest.empty() == [Emptied("m0", 64 * MIB)]
 
 
-def test_prefilled_private_memory_is_refused(start: Start) -> None:
-    guest = start(MemoryBackend("anonymous", "m0", 64 * MIB, share=False, prealloc=True))
-    with pytest.raises(AttachError, match="filled already"):
-        guest.empty()
+@pytest.mark.parametrize("lock", [False, True], ids=["unlocked", "mem-lock"])
+@pytest.mark.parametrize("kind", ["memfd", "file", "hugetlb", "anonymous"])
+def test_prefilled_private_memory_is_emptied_by_qemu_itself(
+    kind: MemoryKind,
+    lock: bool,
+    start: Start,
+    memory_file: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """All of QEMU's own pages go, and those of a memfd below them; a file's are not ours."""
+    if kind == "hugetlb":
+        request.getfixturevalue("reserve_huge_pages")(64 * MIB)
+    path = str(memory_file) if kind == "file" else None
+    extra = ("-overcommit", "mem-lock=on") if lock else ()
+    memory = MemoryBackend(kind, "m0", 64 * MIB, share=False, path=path, prealloc=not lock)
+    guest = start(memory, extra=extra)
+    (block,) = guest.blocks
+    assert (block.backing, block.shared) == (kind, False)
+    if kind == "file":
+        with pytest.raises(AttachError, match="show through"):
+            guest.empty()
+        return
+    with pytest.raises(AttachError, match=r"written to|again and again"):
+        require_empty(block, guest.process.identity)
+    assert guest.empty()[0].removed_bytes >= 64 * MIB
+    assert guest.empty() == [Emptied("m0", 0)]
+    require_empty(block, guest.process.identity)
+
+
+def test_pages_that_fallocate_made_are_removed(start: Start, memory_file: Path) -> None:
+    """lseek(2) calls them a hole, and yet no fault would come for them."""
+    with memory_file.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 64 * MIB)
+    guest = start(MemoryBackend("file", "m0", 64 * MIB, path=str(memory_file)))
+    assert guest.empty() == [Emptied("m0", 64 * MIB)]
+    assert memory_file.stat().st_blocks == 0
+
+
+def test_two_backends_in_one_part_of_a_file_are_refused(start: Start, memory_file: Path) -> None:
+    same = [MemoryBackend("file", name, 32 * MIB, path=str(memory_file)) for name in ("a", "b")]
+    with pytest.raises(AttachError, match="a second time"):
+        start(*same)
 
 
 def test_file_that_another_process_maps_is_left_alone(start: Start, memory_file: Path) -> None:
@@ -199,9 +237,21 @@ def test_file_that_another_process_maps_is_left_alone(start: Start, memory_file:
     assert guest.empty()[0].removed_bytes > 0
 
 
-def test_private_mapping_of_a_file_is_refused(start: Start, memory_file: Path) -> None:
-    with pytest.raises(AttachError, match="private mapping"):
-        start(MemoryBackend("file", "m0", 64 * MIB, share=False, path=str(memory_file)))
+@pytest.mark.parametrize("fill", ["data", "fallocate"])
+def test_private_mapping_of_a_file_with_data_is_refused(
+    fill: str, start: Start, memory_file: Path
+) -> None:
+    with memory_file.open("wb") as file:
+        if fill == "data":
+            file.write(b"template")
+        else:
+            os.posix_fallocate(file.fileno(), 0, 4096)
+    memory = MemoryBackend("file", "m0", 64 * MIB, share=False, path=str(memory_file))
+    os.truncate(memory_file, 64 * MIB)
+    guest = start(memory)
+    with pytest.raises(AttachError, match="show through"):
+        guest.empty()
+    assert memory_file.stat().st_blocks
 
 
 def test_memory_on_a_disk_file_system_is_refused(start: Start, run_dir: Path) -> None:
