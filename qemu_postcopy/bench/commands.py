@@ -313,3 +313,85 @@ def guests_command(
         say=say,
     )
     show(asyncio.run(bench.run()), as_json)
+
+
+@bench_commands.command("replay")
+@click.argument("trace", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="What the traced guest was restored from.",
+)
+@click.option(
+    "--timed/--fast",
+    default=False,
+    show_default=True,
+    help="Touch at the times of the trace, or as fast as it goes.",
+)
+@click.option(
+    "--chunk",
+    callback=lambda _c, _p, v: chunk_size(v) if v else None,
+    help="Bytes around a fault; default: the image's.",
+)
+@click.option(
+    "--background/--no-background",
+    default=False,
+    show_default=True,
+    help="Fill the rest meanwhile, as a restore does.",
+)
+@click.option(
+    "--chaos",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Let page data fail as this schedule says; see restore --chaos.",
+)
+@click.option(
+    "--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Times to replay it."
+)
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default="/dev/shm",
+    show_default=True,
+    help="Where schedule and ledger are put for the time being.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def replay_command(
+    trace: Path,
+    image: Path,
+    timed: bool,
+    chunk: int | None,
+    background: bool,
+    chaos: Path | None,
+    runs: int,
+    directory: Path,
+    as_json: bool,
+) -> None:
+    """Replay the faults of TRACE against the pager, without a guest.
+
+    For each thread that had faulted there is one that touches the same pages in the same order. The
+    memory comes from the image as in a restore, and is compared with it. Needs as much memory as
+    the traced guest had touched.
+
+    \b
+    Examples:
+      qemu-postcopy restore --trace vm.trace --wait complete vm.qpc
+      qemu-postcopy bench replay vm.trace --image vm.qpc
+      qemu-postcopy bench replay vm.trace --image vm.qpc --timed --chaos chaos.toml
+    """
+    from qemu_postcopy.bench.replay import ReplayBench
+    from qemu_postcopy.paging.chaos import ChaosSchedule
+
+    bench = ReplayBench(
+        trace=trace,
+        image=image,
+        timed=timed,
+        runs=runs,
+        directory=directory,
+        chunk_size=chunk,
+        background=background,
+        chaos=ChaosSchedule.load(chaos) if chaos is not None else None,
+        say=say,
+    )
+    show(bench.run(), as_json)

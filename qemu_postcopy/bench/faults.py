@@ -38,7 +38,7 @@ WORD_BYTES = 8
 HUGE_PAGE_BYTES = 2 << 20
 #: struct handover of handover.h: address, length, page size
 HANDOVER = struct.Struct("<QQQ")
-PROGRAMS = ("toucher", "bare_handler", "write_source")
+PROGRAMS = ("toucher", "bare_handler", "write_source", "replayer")
 HUGE_PAGES_FREE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 

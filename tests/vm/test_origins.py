@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections import Counter
 from pathlib import Path
@@ -59,6 +60,12 @@ def test_faults_are_those_of_the_virtual_cpu_and_of_loading(
     (vcpu,) = (thread.tid for thread in trace.threads if thread.origin == "vCPU 0")
     assert faults[vcpu] == guest.status()["origins"]["vCPU 0"]["faults"]
     assert set(faults) == {thread.tid for thread in trace.threads}
+    replayed = json.loads(
+        cli("bench", "replay", path, "--image", snapshot.image, "--runs", 1, "--json").stdout
+    )
+    results = {entry["name"]: entry["median"] for entry in replayed["results"]}
+    total = sum(faults.values())
+    assert 0.7 * total < results["as fast as it goes: faults"] < 1.1 * total
     refused(
         "restore", "--trace", path, "--name", "again", snapshot.image, status=2, words=["exists"]
     )
