@@ -41,6 +41,7 @@ from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory
 from qemu_postcopy.vm.handshake import HandshakeReader, Region, check_within
+from qemu_postcopy.vm.kernel_faults import require_kernel_faults, require_registered
 from qemu_postcopy.vm.layout import RamBlock
 from qemu_postcopy.vm.process import ProcessIdentity
 
@@ -328,7 +329,9 @@ async def _take_handshake(
                     regions, descriptor = await read_handshake(channel)
                 try:
                     check_within(regions, memory.pieces)
-                except HandshakeError:
+                    require_registered(identity, ((r.address, r.size_bytes) for r in regions))
+                    require_kernel_faults(identity, descriptor, _samples(regions))
+                except PostcopyError:
                     os.close(descriptor)
                     raise
                 return Handshake(identity, regions, descriptor)
@@ -341,6 +344,15 @@ async def _take_handshake(
     finally:
         listener.close()
         options.handshake.unlink(missing_ok=True)
+
+
+def _samples(regions: Sequence[Region]) -> Iterator[int]:
+    """Addresses of pages, spread over all regions; a VMM that has touched some has not touched
+    most."""
+    for numerator in (1, 3, 5, 7):
+        for region in regions:
+            pages = region.size_bytes // region.page_size_bytes
+            yield region.address + pages * numerator // 8 * region.page_size_bytes
 
 
 async def _serve_on(

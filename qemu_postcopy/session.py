@@ -218,6 +218,7 @@ class Session:
             MismatchError: it is not a QEMU that this image can be resumed in.
             AttachError: rights are missing.
         """
+        from qemu_postcopy.paging import registration
         from qemu_postcopy.vm.launch import launch
         from qemu_postcopy.vm.spec import memory_files
 
@@ -226,6 +227,7 @@ class Session:
             from qemu_postcopy.vm.emptiness import refuse_used_files
 
             refuse_used_files(paths)
+        self._features = registration.kernel_features()
         self._way = way = self._choose_way()
         self.attached_by = way.name
         self.launched_ns = time.monotonic_ns()
@@ -760,7 +762,7 @@ class Session:
         from qemu_postcopy.paging import registration
         from qemu_postcopy.paging.prefetch import WorkingSet
 
-        self._features = registration.kernel_features()
+        self._features = self._features or registration.kernel_features()
         self._device_state = open_device_state(self.image)
         self._cleanup.callback(os.close, self._device_state)
         for block in self.image.manifest.blocks:

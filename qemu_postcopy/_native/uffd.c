@@ -21,7 +21,8 @@ int qpc_uffd_open(struct qpc_error *err)
     uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (uffd < 0)
         return qpc_error_set(err, QPC_REFUSED, errno,
-                             "neither /dev/userfaultfd nor userfaultfd(2) can be used");
+                             "neither /dev/userfaultfd nor userfaultfd(2) gives a descriptor that "
+                             "gets the kernel's faults, as KVM's are");
     return uffd;
 }
 

@@ -22,7 +22,8 @@ def kernel_features() -> int:
     check(
         lib.qpc_uffd_features(features, error),
         error,
-        hint="run as root, or let this user open /dev/userfaultfd; `qemu-postcopy doctor` tells",
+        hint="run as root, or let this user open /dev/userfaultfd; one for user mode only "
+        "(UFFD_USER_MODE_ONLY) would not do; `qemu-postcopy doctor` tells",
     )
     return int(features[0])
 

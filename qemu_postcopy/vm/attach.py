@@ -226,8 +226,9 @@ def _explained(failure: PostcopyError, identity: ProcessIdentity, injection: obj
     message, hint = failure.message, failure.hint
     if device_errno:
         message = (
-            f"QEMU (PID {identity.pid}) may not open a userfaultfd: {DEVICE}: "
-            f"{os.strerror(device_errno)}; passed to it: {os.strerror(passed_errno)}; "
+            f"QEMU (PID {identity.pid}) may not open a userfaultfd that gets the kernel's faults "
+            f"(as KVM's are): {DEVICE}: {os.strerror(device_errno)}; "
+            f"passed to it: {os.strerror(passed_errno)}; "
             f"userfaultfd(2): {os.strerror(syscall_errno)}"
         )
         hint = _device_hint(device_errno)

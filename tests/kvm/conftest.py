@@ -6,14 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from kvm.micro import Accelerator
+from kvm.micro import KVM, TCG, Accelerator
 from vm.conftest import lab
 
 from qemu_postcopy.images.micro_guest import MicroGuest, build_micro_guest
 
 __all__ = ["lab"]
-
-KVM = Accelerator("kvm", "qemu64,+kvm-asyncpf-int")
 
 
 @pytest.fixture(scope="session")
@@ -29,16 +27,10 @@ def micro_guest(micro_cache: Path | None) -> MicroGuest:
     return build_micro_guest(micro_cache)
 
 
-@pytest.fixture
-def kvm() -> Accelerator:
-    """With a CPU that offers asynchronous page faults; ``needs("kvm")`` goes with it."""
-    return KVM
-
-
 @pytest.fixture(
     params=[
         pytest.param(KVM, marks=pytest.mark.needs("kvm")),
-        Accelerator("tcg", "qemu64"),
+        TCG,
     ],
     ids=lambda accelerator: accelerator.name,
 )

@@ -24,6 +24,11 @@ class Accelerator:
     cpu: str
 
 
+#: With a CPU that offers asynchronous page faults.
+KVM = Accelerator("kvm", "qemu64,+kvm-asyncpf-int")
+TCG = Accelerator("tcg", "qemu64")
+
+
 def passes(guest: Guest, *, starts_midway: bool = True) -> list[Pass]:
     """All passes that the guest has reported, none of which may have found a bad word."""
     path = guest.console.path

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from kvm.micro import (
+    KVM,
+    TCG,
     Accelerator,
     boot,
     hold_back,
@@ -76,9 +78,8 @@ def test_other_tasks_run_while_one_waits_for_its_page(
     lab: Lab,
     run_dir: Path,
     micro_cache: Path | None,
-    kvm: Accelerator,
 ) -> None:
-    guest = restore_with_a_page_held_back(lab, run_dir, qemu_binary, micro_cache, kvm, machine)
+    guest = restore_with_a_page_held_back(lab, run_dir, qemu_binary, micro_cache, KVM, machine)
     passes_of_held = others_run_on(guest)
     # Only that page is missing; a kworker waits for it in the task's stead.
     assert outstanding(guest) == {ASYNC: 1}
@@ -95,8 +96,7 @@ def test_without_asynchronous_page_faults_the_whole_guest_waits(
     qemu_binary: Path, lab: Lab, run_dir: Path, micro_cache: Path | None
 ) -> None:
     """The same guest under TCG, which has none: what the others above gain."""
-    tcg = Accelerator("tcg", "qemu64")
-    guest = restore_with_a_page_held_back(lab, run_dir, qemu_binary, micro_cache, tcg)
+    guest = restore_with_a_page_held_back(lab, run_dir, qemu_binary, micro_cache, TCG)
     wait_until(lambda: stands_still(guest), "the guest stands still")
     assert outstanding(guest) == {"vCPU 0": 1}
     let_go(guest)
@@ -106,9 +106,9 @@ def test_without_asynchronous_page_faults_the_whole_guest_waits(
 
 @pytest.mark.needs("kvm")
 def test_other_tasks_run_on_though_the_sidecar_was_killed_while_one_waits(
-    qemu_binary: Path, lab: Lab, run_dir: Path, micro_cache: Path | None, kvm: Accelerator
+    qemu_binary: Path, lab: Lab, run_dir: Path, micro_cache: Path | None
 ) -> None:
-    guest = restore_with_a_page_held_back(lab, run_dir, qemu_binary, micro_cache, kvm)
+    guest = restore_with_a_page_held_back(lab, run_dir, qemu_binary, micro_cache, KVM)
     wait_more_passes(guest, OTHERS, 1)  # all of theirs is there
     assert guest.sidecar is not None
     send(guest.sidecar, signal.SIGKILL)
@@ -124,11 +124,11 @@ def test_other_tasks_run_on_though_the_sidecar_was_killed_while_one_waits(
 
 @pytest.mark.needs("kvm")
 def test_sixty_four_wait_asynchronously_and_the_next_keeps_the_virtual_cpu(
-    qemu_binary: Path, lab: Lab, run_dir: Path, micro_cache: Path | None, kvm: Accelerator
+    qemu_binary: Path, lab: Lab, run_dir: Path, micro_cache: Path | None
 ) -> None:
     workers = OUTSTANDING_MAX + 2
     micro = build_micro_guest(micro_cache, area_bytes=workers * 4096, workers=workers)
-    snapshot = save(boot(lab, micro, qemu_binary, kvm), run_dir / "image", qemu_binary)
+    snapshot = save(boot(lab, micro, qemu_binary, KVM), run_dir / "image", qemu_binary)
     held = hold_back(run_dir, range(AREA_START, AREA_START + micro.area_bytes))
     guest = lab.restore(snapshot, *held, "--paused")
     guest.ask("cont")

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kvm.micro import Accelerator, boot, passes, save, wait_whole_passes
+from kvm.micro import KVM, boot, passes, save, wait_whole_passes
 from vm.guests import Guest, Lab, Snapshot, cli, cli_command, send, status_of, wait_until
 
 from qemu_postcopy.images.micro_guest import MicroGuest
@@ -31,7 +31,6 @@ KILLS = 20
 LONGEST_LIFE_SECONDS = 0.2
 #: The guest meets fewer missing pages from life to life.
 KILLS_OF_A_GUEST = 10
-KVM = Accelerator("kvm", "qemu64,+kvm-asyncpf-int")
 SLOWLY = ("--rate", "64K", "--chunk", "4K")
 
 

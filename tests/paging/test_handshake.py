@@ -24,6 +24,10 @@ from qemu_postcopy._native import check, lib, new_error
 from qemu_postcopy.errors import HandshakeError, ImageError
 from qemu_postcopy.image.manifest import Block, Manifest, Provenance, StateFile
 from qemu_postcopy.image.memory_file import MemoryFile
+from qemu_postcopy.region import Region
+from qemu_postcopy.userfaultfd import Mode, Userfaultfd
+from qemu_postcopy.vm.kernel_faults import require_kernel_faults
+from qemu_postcopy.vm.process import ProcessIdentity
 
 pytestmark = [pytest.mark.needs("uffd", "cc"), pytest.mark.timeout(120)]
 
@@ -74,9 +78,9 @@ def vmm_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Vmm:
     """vmm.c: resumes by the handshake and does what it is told."""
 
-    def __init__(self, binary: Path, path: Path, page_bytes: int = PAGE) -> None:
+    def __init__(self, binary: Path, path: Path, page_bytes: int = PAGE, *how: str) -> None:
         self.process = subprocess.Popen(
-            [binary, path, str(SIZE_MIB), str(page_bytes)],
+            [binary, path, str(SIZE_MIB), str(page_bytes), *how],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -192,8 +196,8 @@ def start(run_dir: Path, memory_file: Path, stack: ExitStack) -> Start:
 def resume(vmm_binary: Path, stack: ExitStack) -> Resume:
     """A VMM that has handed over."""
 
-    def make(server: Server, page_bytes: int = PAGE) -> Vmm:
-        vmm = Vmm(vmm_binary, server.path, page_bytes)
+    def make(server: Server, page_bytes: int = PAGE, *how: str) -> Vmm:
+        vmm = Vmm(vmm_binary, server.path, page_bytes, *how)
         stack.callback(vmm.close)
         return vmm
 
@@ -351,6 +355,51 @@ def test_a_vmm_that_asks_for_what_is_not_there_is_told_to_the_operator(start: St
     said = server.errors()
     assert "the image has pieces" in said and "Traceback" not in said
     assert not server.path.exists()
+
+
+@pytest.mark.needs("ptrace")
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("user-mode-only", ["UFFD_USER_MODE_ONLY", "KVM", "/dev/userfaultfd", "sysctl"]),
+        ("unregistered", ["registered", "UFFDIO_REGISTER"]),
+    ],
+)
+def test_a_userfaultfd_that_would_not_get_the_faults_of_kvm_is_refused_by_name(
+    how: str, words: list[str], start: Start, resume: Resume
+) -> None:
+    """Before anything is served; the VMM is left as it was."""
+    server = start()
+    vmm = resume(server, PAGE, how)
+    assert server.wait() == REFUSED
+    said = server.errors()
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+    assert "attached" not in server.events
+    assert vmm.process.poll() is None
+
+
+@pytest.mark.needs("ptrace")
+def test_asking_whether_the_kernel_s_faults_come_fills_nothing_and_leaves_no_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        ProcessIdentity.open(os.getpid()) as ourselves,
+        Region.anonymous(2 * PAGE) as memory,
+        Userfaultfd.open(blocking=False) as uffd,
+    ):
+        uffd.register(memory.address, 2 * PAGE, Mode.MISSING)
+        require_kernel_faults(ourselves, uffd.fileno(), [memory.address])
+        assert uffd.read() == []
+        assert not caplog.records
+        uffd.zeropage(memory.address, PAGE)
+        # The first one is present, and tells nothing; then nobody can tell.
+        require_kernel_faults(ourselves, uffd.fileno(), [memory.address, memory.address + PAGE])
+        assert not caplog.records
+        require_kernel_faults(ourselves, uffd.fileno(), [memory.address])
+        assert "not known" in caplog.text
+        uffd.zeropage(memory.address + PAGE, PAGE)  # it was still missing
 
 
 def descriptors() -> int:

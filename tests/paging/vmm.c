@@ -4,7 +4,7 @@
  * socket that is closed afterwards. It then does what its standard input says, a line each, and
  * answers each with a line.
  *
- *   vmm SOCKET SIZE_MIB PAGE_BYTES
+ *   vmm SOCKET SIZE_MIB PAGE_BYTES [user-mode-only | unregistered]
  *
  *   verify               every word of memory, from four threads: how many are wrong
  *   remove FIRST COUNT   gives 4 KiB pages back, as a balloon does (MADV_DONTNEED)
@@ -31,6 +31,9 @@
 
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
 #endif
 
 #define PAGE 4096u
@@ -138,16 +141,19 @@ int main(int argc, char **argv)
     struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE };
     uint64_t size, page_size, first, count;
     char line[128];
-    int device, uffd;
+    int device, uffd, user_mode_only, unregistered;
 
-    if (argc != 4)
+    if (argc < 4)
         return 2;
+    user_mode_only = argc > 4 && !strcmp(argv[4], "user-mode-only");
+    unregistered = argc > 4 && !strcmp(argv[4], "unregistered");
     size = strtoull(argv[2], NULL, 0) << 20;
     page_size = strtoull(argv[3], NULL, 0);
-    device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    device = user_mode_only ? -1 : open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     uffd = device < 0 ? -1 : ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
     if (uffd < 0)
-        uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+        uffd = (int)syscall(SYS_userfaultfd,
+                            O_CLOEXEC | O_NONBLOCK | (user_mode_only ? UFFD_USER_MODE_ONLY : 0));
     if (page_size != PAGE)
         api.features |= UFFD_FEATURE_MISSING_HUGETLBFS;
     if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) < 0)
@@ -166,7 +172,7 @@ int main(int argc, char **argv)
             die("mmap");
         reg.range.start = (uintptr_t)regions[i].start;
         reg.range.len = regions[i].size;
-        if (ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
+        if (!unregistered && ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
             die("UFFDIO_REGISTER");
     }
     hand_over(argv[1], uffd, page_size);

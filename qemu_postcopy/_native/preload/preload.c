@@ -263,7 +263,8 @@ static int open_userfaultfd(int device)
     if (fd < 0)
         fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
-        give_up(errno, "no userfaultfd can be opened, by /dev/userfaultfd nor by userfaultfd(2)");
+        give_up(errno, "neither /dev/userfaultfd nor userfaultfd(2) gives a descriptor that gets the "
+                       "kernel's faults, as KVM's are");
     return fd;
 }
 
