@@ -55,9 +55,31 @@ def prepare(
     for own, target in OWN.items():
         Path(target).mkdir(parents=True, exist_ok=True)
         run("mount", "--bind", f"{directory}/{own}", target)
+    hide_kvm(f"{directory}/dev")
     for file in files:
         run("mount", "--bind", f"{directory}/{file}", f"/etc/{file}")
     run("ip", "link", "set", "lo", "up")
+
+
+def hide_kvm(staging: str) -> None:
+    """A /dev without kvm, since domains here are TCG.
+
+    A /dev/kvm that root may open and libvirt's QEMU may not has libvirtd ask the emulator anew at
+    each start of a domain, for 4 to 8 s (virQEMUCapsIsValid, src/qemu/qemu_capabilities.c); one
+    that is mounted over libvirt would carry into each QEMU's own /dev, and fail to.
+    """
+    Path(staging).mkdir()
+    run("mount", "-t", "tmpfs", "-o", "mode=755,nosuid", "tmpfs", staging)
+    for entry in os.scandir("/dev"):
+        target = f"{staging}/{entry.name}"
+        if entry.name == "kvm":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            Path(target).mkdir()
+            run("mount", "--rbind", entry.path, target)
+        else:
+            run("cp", "-a", entry.path, target)
+    run("mount", "--move", staging, "/dev")
 
 
 def main() -> None:
