@@ -70,6 +70,11 @@ class Accounts:
         """Name by thread id of what QEMU has told, for whoever takes over; empty: nothing yet."""
         return self._origins.told()
 
+    def name_threads(self) -> None:
+        """Looks who has faulted while it is there to be looked at."""
+        for thread in self._pager.threads():
+            self._origins.name(thread.tid)
+
     # --- the trace -------------------------------------------------------------------------------
 
     def record(self, path: Path, *, resume: bool = False) -> None:

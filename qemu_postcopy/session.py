@@ -597,6 +597,8 @@ class Session:
         try:
             while True:
                 state = self.pager.statistics().state
+                if self.accounts is not None:
+                    self.accounts.name_threads()
                 if trouble != (trouble := self.trouble()):
                     log.warning(trouble or "page data can be had again")
                 if state is PagerState.MAPPER_GONE:

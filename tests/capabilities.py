@@ -6,9 +6,11 @@ the lack named; ``--require=uffd,qemu`` (or ``--require=all``) makes that a fail
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -92,9 +94,27 @@ def root() -> str:
     return "" if os.geteuid() == 0 else "not root"
 
 
+def tap() -> str:
+    """The test makes an interface of its own in the network namespace that it runs in."""
+    try:
+        descriptor = os.open("/dev/net/tun", os.O_RDWR)
+    except OSError as error:
+        return f"no /dev/net/tun: {error.strerror}"
+    try:
+        # TUNSETIFF with IFF_TAP | IFF_NO_PI (linux/if_tun.h); gone when the descriptor is closed.
+        fcntl.ioctl(descriptor, 0x400454CA, struct.pack("=16sH22x", b"qpcprobe%d", 0x1002))
+    except OSError as error:
+        return f"no tap interface can be made: {error.strerror}"
+    finally:
+        os.close(descriptor)
+    return ""
+
+
 PROBES: dict[str, Callable[[], str]] = {
     probe.__name__: probe
-    for probe in (uffd, ptrace, kvm, qemu, qemu10, libvirt, libvirt11, hugetlb, guest, cc, root)
+    for probe in (
+        uffd, ptrace, kvm, qemu, qemu10, libvirt, libvirt11, hugetlb, guest, cc, root, tap,
+    )  # fmt: skip
 }
 
 

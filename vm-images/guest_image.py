@@ -14,7 +14,7 @@ from typing import Literal
 from qemu_postcopy.errors import HostError, UsageError
 from qemu_postcopy.images.packages import file_sha256
 
-Mode = Literal["check", "walk", "io", "idle", "shell"]
+Mode = Literal["check", "walk", "io", "talk", "idle", "shell"]
 
 RECORD_NAME = "image.json"
 KERNEL_NAME = "vmlinuz"
@@ -61,7 +61,8 @@ class GuestImage:
 
         Args:
             mode: "check" verifies memory for ever, "walk" visits it in an order and at a rate,
-                "io" reads from and writes to its disk (guest/memio.c),
+                "io" reads from and writes to its disk (guest/memio.c), "talk" sends and receives
+                by network and serial port (guest/memtalk.c),
                 "idle" only ticks, "shell" is an interactive shell on the console.
             fill_mib: patterned memory in MiB, at least 1; see :meth:`ram_mib`.
             zero_percent: share of its pages that are zero, 0 to 100.
@@ -94,7 +95,7 @@ class GuestImage:
         elif mode == "walk":
             words += [f"qpc.size={fill_mib}", f"qpc.write={int(rewrite is True)}"]
             words += [f"qpc.walk={walk}", f"qpc.rate={pages_per_second}"]
-        elif mode == "io":
+        elif mode in ("io", "talk"):
             words += [f"qpc.fill={fill_mib}"]
         if modules:
             words += [f"qpc.modules={','.join(modules)}"]

@@ -154,7 +154,8 @@ void qpc_pager_read_statistics(const struct qpc_pager *pager, struct qpc_pager_s
 
 /*
  * An eventfd that becomes readable when something happened that an operator or the session wants
- * to know: complete, the mapper gone, errors begun or ended. Owned by the pager.
+ * to know: complete, the mapper gone, errors begun or ended, a thread's first fault. Owned by the
+ * pager.
  */
 int qpc_pager_notify_fd(const struct qpc_pager *pager);
 

@@ -13,10 +13,13 @@ uint16_t qpc_pager_origin_slot(struct qpc_pager *p, uint32_t tid)
         uint32_t slot = (home + i) % QPC_ORIGIN_TABLE;
         uint64_t there = GET(p->origins[slot].tid);
 
-        if (!there)
-            SET(p->origins[slot].tid, tid);
-        if (!there || there == tid)
+        if (there == tid)
             return (uint16_t)slot;
+        if (!there) {
+            SET(p->origins[slot].tid, tid);
+            qpc_pager_notify(p); /* its name can be asked for while it waits for this page */
+            return (uint16_t)slot;
+        }
     }
     return QPC_ORIGIN_OTHER;
 }

@@ -2,8 +2,8 @@
  * Whose faults the pager answers, in which block, and how long each thread was kept waiting.
  *
  * Step "serve" of the flow: the pager thread counts per thread id, in a table that never grows;
- * who these threads are is found out later, and by others (vm/origin.py). No allocation, no lock
- * and no system call.
+ * who these threads are others find out (vm/origin.py), who are woken by the notify descriptor when
+ * a thread faults for the first time: it may have ended a moment later. No allocation and no lock.
  *
  * A virtual CPU is stopped from the moment its fault is read until it is answered; the time in which
  * all of them are is what QEMU calls postcopy-blocktime (query-migrate; migration/postcopy-ram.c).

@@ -244,7 +244,8 @@ class Pager:
         lib.qpc_pager_set_background(self._pager, enabled, rate)
 
     def notify_fd(self) -> int:
-        """Readable when the state changed, or errors began or ended; read 8 bytes to reset."""
+        """Readable when the state changed, errors began or ended, or a thread faulted for the first
+        time; read 8 bytes to reset."""
         return int(lib.qpc_pager_notify_fd(self._pager))
 
     def thread_id(self) -> int:

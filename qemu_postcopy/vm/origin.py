@@ -1,15 +1,15 @@
 """Who a guest's faults come from: thread ids of QEMU and of the kernel, put into words.
 
-Step "serve" of the flow, in the control plane.  Faults are counted by thread id and named late, so
-nothing is lost while a name is unknown.  Trusts QEMU's monitor for virtual CPUs and I/O threads,
-and /proc for the rest, of which only what everybody may read is needed: no right that is given up
-after the attach.  A
-name once found is kept, but for what QEMU itself says; ids that are used again within one
-guest's filling are taken for the first thread.
+Step "serve" of the flow, in the control plane.  Faults are counted by thread id; a thread is looked
+at when it faults for the first time, as it may end soon.  Trusts QEMU's monitor for virtual CPUs
+and I/O threads, and /proc for the rest, of which only what everybody may read is needed: no right
+that is given up after the attach.  A name once found is kept, but for what QEMU itself says; ids
+that are used again within one guest's filling are taken for the first thread.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from qemu_postcopy.vm.monitor import Monitor
 ASYNC = "async page fault"
 MAIN = "main loop"
 WORKER = "worker"
+MIGRATION = "migration"
+#: What QEMU calls its threads that save or send a guest (7.2: migration/migration.c, multifd.c; 10.0:
+#: migration/migration.h), where it names them: from 9.1 on, before that with debug-threads=on.
+MIGRATION_THREAD = re.compile(r"live_migration|bg_snapshot|multifd.*|mig/.*")
 #: PF_KTHREAD in the flags of /proc/PID/stat (Linux, include/linux/sched.h).
 KERNEL_THREAD = 0x00200000
 
@@ -54,8 +58,9 @@ class Origins:
         return [tid for tid, name in self._told.items() if name.startswith("vCPU ")]
 
     def name(self, tid: int) -> str:
-        """Of a thread: `vCPU n`, `I/O thread id`, `main loop`, `worker` (any other of QEMU),
-        `async page fault` (the kernel on a virtual CPU's behalf), else `other` (it has ended)."""
+        """Of a thread: `vCPU n`, `I/O thread id`, `main loop`, `migration`, `worker` (any other
+        of QEMU), `async page fault` (the kernel on a virtual CPU's behalf), else `other` (another
+        process that reads QEMU's memory, or a thread that has ended)."""
         name = self._names.get(tid)
         if name is None:
             name = self._look(tid)
@@ -68,8 +73,12 @@ class Origins:
         ours = _numbers_inside(self.pid)
         if tid == ours:
             return MAIN
-        if Path(f"/proc/{self.pid}/task/{tid}").exists():
-            return WORKER
+        try:
+            called = Path(f"/proc/{self.pid}/task/{tid}/comm").read_text(errors="replace").strip()
+        except OSError:
+            pass
+        else:
+            return MIGRATION if MIGRATION_THREAD.fullmatch(called) else WORKER
         if ours == self.pid and _is_kernel_thread(tid):
             return ASYNC
         return None

@@ -13,6 +13,8 @@ from qemu_postcopy.vm.spec import MemoryBackend, VmSpec, memory_files, restore_a
 
 MIB = 1 << 20
 RUN_DIR = Path("/run/guest")
+#: What every restore adds.
+WAITS = ("-name", "debug-threads=on", "-incoming", "defer", "-S")
 
 
 def restored(*arguments: str, machine_type: str = "pc-i440fx-7.2") -> list[str]:
@@ -94,8 +96,8 @@ def test_what_a_restore_must_not_repeat_is_dropped() -> None:
         *("-S", "-daemonize", "--daemonize", "-s"),
         *("-gdb", "tcp::1234"),
     ]
-    assert restored(*dropped, *kept) == [*kept, "-incoming", "defer", "-S"]
-    assert restored(*kept, *dropped) == [*kept, "-incoming", "defer", "-S"]
+    assert restored(*dropped, *kept) == [*kept, *WAITS]
+    assert restored(*kept, *dropped) == [*kept, *WAITS]
 
 
 def test_our_own_monitors_are_dropped_again() -> None:
@@ -103,7 +105,7 @@ def test_our_own_monitors_are_dropped_again() -> None:
 
     kept = ["-machine", "pc-i440fx-7.2"]
     added = control_arguments(7, RUN_DIR / "qmp,.sock")
-    assert restored(*kept, *added) == [*kept, "-incoming", "defer", "-S"]
+    assert restored(*kept, *added) == [*kept, *WAITS]
 
 
 def test_character_device_that_something_else_uses_is_kept() -> None:
@@ -128,7 +130,7 @@ def test_character_device_that_something_else_uses_is_kept() -> None:
     ],
 )
 def test_machine_is_named_by_its_version(before: list[str], after: list[str]) -> None:
-    assert restored(*before) == [*after, "-incoming", "defer", "-S"]
+    assert restored(*before) == [*after, *WAITS]
 
 
 @pytest.mark.parametrize(
@@ -144,9 +146,16 @@ def test_inherited_descriptors_are_refused(arguments: list[str]) -> None:
         restored(*arguments)
 
 
+def test_threads_are_named_once_and_as_the_operator_chose() -> None:
+    named = ["-machine", "pc-i440fx-7.2", "-name", "guest=a,debug-threads=off"]
+    assert restored(*named) == [*named, *WAITS[2:]]
+    again = restored(*named[:2], *WAITS)
+    assert again == [*named[:2], *WAITS]
+
+
 def test_value_that_looks_like_an_option_is_left_alone() -> None:
     arguments = ["-machine", "pc-i440fx-7.2", "-append", "-S", "-name", "-incoming"]
-    assert restored(*arguments) == [*arguments, "-incoming", "defer", "-S"]
+    assert restored(*arguments) == [*arguments, *WAITS]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +176,7 @@ def test_value_that_looks_like_an_option_is_left_alone() -> None:
 )
 def test_memory_is_not_filled_in_advance(before: list[str], after: list[str]) -> None:
     machine = ["-M", "pc-i440fx-7.2"]
-    assert restored(*machine, *before) == [*machine, *after, "-incoming", "defer", "-S"]
+    assert restored(*machine, *before) == [*machine, *after, *WAITS]
 
 
 def test_files_that_become_guest_memory_are_known() -> None:

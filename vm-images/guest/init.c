@@ -17,6 +17,7 @@ static const struct {
 	{ "check", { "/bin/memcheck" } },
 	{ "walk", { "/bin/memwalk" } },
 	{ "io", { "/bin/memio" } },
+	{ "talk", { "/bin/memtalk" } },
 	{ "idle", { "/bin/idle" } },
 	{ "shell", { "/bin/busybox", "sh", "/etc/shell" } },
 };
@@ -42,5 +43,5 @@ int main(void)
 			       (char *const *)environment);
 			report_failure("cannot run %s: %s", programs[i].argv[0], strerror(errno));
 		}
-	report_failure("qpc.mode=%s is not check, walk, io, idle or shell", mode);
+	report_failure("qpc.mode=%s is not check, walk, io, talk, idle or shell", mode);
 }
