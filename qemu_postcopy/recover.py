@@ -26,7 +26,7 @@ from qemu_postcopy.errors import (
     StateError,
     TargetGoneError,
 )
-from qemu_postcopy.restore import ending_by_signals, handlers, serve_to_the_end
+from qemu_postcopy.restore import ending_by_signals, handlers, resume, serve_to_the_end
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
@@ -86,7 +86,8 @@ async def recover(
             try:
                 session.take_over(record)
                 await control.start()
-                await session.settle(record)
+                if await session.settle(record):
+                    await resume(session)
                 await serve_to_the_end(session)
                 return session
             except GuestEndedError:
@@ -94,10 +95,11 @@ async def recover(
             except TargetGoneError as error:
                 run.update_record(state=str(State.GONE))
                 raise GuestEndedError("QEMU has ended", vm=run.name) from error
-            except Exception:
+            except Exception as error:
                 if not session.has_guest() or session.state is State.NEW:
                     raise
                 log.exception("the control plane failed; the guest is served on without it")
+                session.tell_failure(error)
                 session.start_background()
                 await session.wait_gone()
                 raise GuestEndedError("QEMU has ended", vm=run.name) from None

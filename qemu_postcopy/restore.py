@@ -26,6 +26,7 @@ from qemu_postcopy.errors import (
     GuestEndedError,
     MismatchError,
     OperationCancelledError,
+    QmpError,
     StateError,
     UsageError,
 )
@@ -102,16 +103,17 @@ async def restore(
             await control.start()
             await session.load_device_state()
             if not options.paused:
-                await session.resume()
+                await resume(session)
             await serve_to_the_end(session)
             return session
         except GuestEndedError:
             raise
-        except Exception:
+        except Exception as error:
             if not session.has_guest():
                 raise
             # There is a guest, and data of it is missing: whatever went wrong here, serve on.
             log.exception("the control plane failed; the guest is served on without it")
+            session.tell_failure(error)
             session.start_background()
             await session.wait_gone()
             raise GuestEndedError("QEMU has ended", vm=session.run.name) from None
@@ -119,6 +121,18 @@ async def restore(
             await control.close()
             await session.close()
             run.release()
+
+
+async def resume(session: Session) -> None:
+    """Lets the guest run.  One that cannot (another process holds its disk) is told of, and served:
+    its operator lets it run later."""
+    try:
+        await session.resume()
+    except (MismatchError, StateError, QmpError) as error:
+        if not session.has_guest():
+            raise
+        log.warning("%s", error.message)
+        session.tell_failure(error)
 
 
 async def serve_to_the_end(session: Session) -> None:

@@ -32,6 +32,7 @@ from qemu_postcopy.errors import (
     LaunchError,
     MismatchError,
     PostcopyError,
+    SidecarError,
     StateError,
     TargetGoneError,
     UsageError,
@@ -144,10 +145,14 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class StateChange:
-    """Told to the listener at each step; ``elapsed`` in seconds since the session was made."""
+    """Told to the listener at each step; ``elapsed`` in seconds since the session was made.
+
+    With ``failure`` it is no step: something went wrong while there is a guest, which is served on.
+    """
 
     state: State
     elapsed: float
+    failure: PostcopyError | None = None
 
 
 class Session:
@@ -197,6 +202,8 @@ class Session:
         #: once there is a pager
         self.accounts: Accounts | None = None
         self._resumed = False
+        #: why the guest was loaded and not let run
+        self._failure: PostcopyError | None = None
         # Taken over, and not known yet whether there is a guest: then it counts as one.
         self._unsettled = False
         self._owned_before = False
@@ -411,8 +418,11 @@ class Session:
         if self._listener is not None:
             self._listener(StateChange(self.state, time.monotonic() - self._began))
 
-    async def settle(self, record: SessionRecord) -> None:
+    async def settle(self, record: SessionRecord) -> bool:
         """After :meth:`take_over`: goes on to the state in which there is a guest.
+
+        Returns:
+            whether it is still to be let run (:meth:`resume`).
 
         Raises:
             StateError: none ever came to be: the device state was not loaded.  Nothing is lost.
@@ -429,16 +439,14 @@ class Session:
                     f"the restore of {self.run.name} had not come so far as a guest",
                     hint="nothing is lost: restore it again",
                 )
-            self._enter(State.LOADED)
+        self._enter(State.LOADED)
+        self._unsettled = False
+        if record.state not in GUEST_STATES:
             await self.confirm()
             if not self.options.paused:
-                await self.resume()
-                self._unsettled = False
-                return
-        else:
-            self._enter(State.LOADED)
+                return True
         self._enter(State.RUNNING)
-        self._unsettled = False
+        return False
 
     async def load_device_state(self) -> None:
         """Lets QEMU load everything but the memory.
@@ -516,14 +524,30 @@ class Session:
         try:
             await migration.let_run(self._qmp)
         except migration.DiskHeldError as error:
-            reason = error.message
+            reason, hint = error.message, error.hint
             if self._owned is not None:
                 reason = migration.lock_report(self._owned.output()) or reason
                 self._owned.kill()
                 self._enter(State.GONE)
-            raise MismatchError(f"the guest cannot start: {reason}", hint=error.hint) from error
+            else:
+                hint = (
+                    "it is loaded and served: stop the other guest, then let this one run "
+                    f"(`cont` at {self._qmp_path})"
+                )
+            raise MismatchError(f"the guest cannot start: {reason}", hint=hint) from error
         self._resumed = True
         self._enter(State.RUNNING)
+
+    def tell_failure(self, failure: Exception) -> None:
+        """Tells the listener what went wrong with a guest that is served on all the same."""
+        if not isinstance(failure, PostcopyError):
+            failure = SidecarError(
+                f"internal error, the guest is served on: {failure!r}",
+                hint=f"look into {self.run.sidecar_log}",
+            )
+        self._failure = failure
+        if self._listener is not None:
+            self._listener(StateChange(self.state, time.monotonic() - self._began, failure))
 
     async def learn_threads(self) -> None:
         """Asks QEMU who its threads are, for :meth:`told`; lacking answers cost nothing.
@@ -678,7 +702,10 @@ class Session:
 
     def trouble(self) -> str:
         """Why faults wait, in words, or an empty string while all is well."""
-        return self.accounts.trouble() if self.accounts is not None else ""
+        trouble = self.accounts.trouble() if self.accounts is not None else ""
+        if not trouble and self._failure is not None and self.state is State.LOADED:
+            trouble = f"{self._failure.message}; {self._failure.hint}"
+        return trouble
 
     # --- inside ----------------------------------------------------------------------------------
 

@@ -112,9 +112,20 @@ def tap() -> str:
 
 PROBES: dict[str, Callable[[], str]] = {
     probe.__name__: probe
-    for probe in (
-        uffd, ptrace, kvm, qemu, qemu10, libvirt, libvirt11, hugetlb, guest, cc, root, tap,
-    )  # fmt: skip
+    for probe in [
+        uffd,
+        ptrace,
+        kvm,
+        qemu,
+        qemu10,
+        libvirt,
+        libvirt11,
+        hugetlb,
+        guest,
+        cc,
+        root,
+        tap,
+    ]
 }
 
 

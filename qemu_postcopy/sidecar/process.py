@@ -123,8 +123,19 @@ def serve(job: Job, reports: IO[str]) -> int:
             reports.write(json.dumps({"event": event, **details}) + "\n")
 
     def changed(change: StateChange) -> None:
+        if change.failure is not None:
+            failures.append(change.failure)
+            tell(change.failure)
+            return
         log.info("%s after %.3f s", change.state, change.elapsed)
         report("state", state=str(change.state), elapsed=change.elapsed)
+
+    def tell(error: errors.PostcopyError) -> None:
+        kind = type(error).__name__
+        report("error", **{"class": kind}, message=error.message, hint=error.hint)
+
+    #: those that the guest was served on after
+    failures: list[errors.PostcopyError] = []
 
     try:
         session = asyncio.run(job(changed))
@@ -134,17 +145,15 @@ def serve(job: Job, reports: IO[str]) -> int:
         return 0
     except errors.PostcopyError as error:
         log.error("%s", error)
-        report("error", **{"class": type(error).__name__}, message=error.message, hint=error.hint)
+        tell(error)
         return error.exit_code
     except asyncio.CancelledError:
         interrupted = errors.OperationCancelledError("interrupted before there was a guest")
-        report(
-            "error", **{"class": type(interrupted).__name__}, message=interrupted.message, hint=""
-        )
+        tell(interrupted)
         return interrupted.exit_code
     except Exception as error:
         log.exception("the sidecar failed")
-        report("error", **{"class": "SidecarError"}, message=f"internal error: {error!r}", hint="")
+        tell(errors.SidecarError(f"internal error: {error!r}"))
         return errors.SidecarError.exit_code
     report("end", **describe(session))
-    return 0
+    return failures[0].exit_code if failures else 0

@@ -21,8 +21,8 @@ ASYNC = "async page fault"
 MAIN = "main loop"
 WORKER = "worker"
 MIGRATION = "migration"
-#: What QEMU calls its threads that save or send a guest (7.2: migration/migration.c, multifd.c; 10.0:
-#: migration/migration.h), where it names them: from 9.1 on, before that with debug-threads=on.
+#: What QEMU calls its threads that save or send a guest (7.2: migration/migration.c, multifd.c;
+#: 10.0: migration/migration.h), where it names them: from 9.1 on, or with debug-threads=on.
 MIGRATION_THREAD = re.compile(r"live_migration|bg_snapshot|multifd.*|mig/.*")
 #: PF_KTHREAD in the flags of /proc/PID/stat (Linux, include/linux/sched.h).
 KERNEL_THREAD = 0x00200000

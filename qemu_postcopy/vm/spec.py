@@ -212,7 +212,7 @@ def restore_arguments(argv: list[str], machine_type: str) -> list[str]:
     `-daemonize`, `-pidfile`, and what has QEMU fill its memory in advance, to be taken out again
     (`-mem-prealloc`, `prealloc=`). The machine type becomes the versioned one, since an alias such
     as `pc` means another machine in another QEMU. `-incoming defer -S` is added; the monitor is
-    added by the launch. QEMU is to name its threads, so that it can be told whose faults are served.
+    added by the launch. QEMU is to name its threads, so that it can be told whose faults they are.
 
     Raises: MismatchError where the arguments name inherited descriptors, which died with the
     process that had them; UsageError for a list without a program.

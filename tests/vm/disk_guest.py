@@ -65,11 +65,11 @@ class Disk:
             return [page for page in range(PAGES // 2) if file.read(PAGE_BYTES) != pattern(page, 0)]
 
 
-def boot(
+def spec(
     lab: Lab, guest_image: GuestImage, qemu: Path, kind: MemoryKind, disk: Disk, *extra: str
-) -> Guest:
-    """Filled, and polling its disk for the word."""
-    spec = VmSpec(
+) -> VmSpec:
+    """How it is started."""
+    return VmSpec(
         str(qemu),
         memory=(lab.memory(kind, guest_image.ram_mib(FILL_MIB) * MIB),),
         kernel=str(guest_image.kernel),
@@ -83,7 +83,13 @@ def boot(
             *("-device", DEVICE, *extra),
         ),
     )
-    guest = lab.launch(spec)
+
+
+def boot(
+    lab: Lab, guest_image: GuestImage, qemu: Path, kind: MemoryKind, disk: Disk, *extra: str
+) -> Guest:
+    """Filled, and polling its disk for the word."""
+    guest = lab.launch(spec(lab, guest_image, qemu, kind, disk, *extra))
     wait_until(lambda: guest.console.ready, "the guest has filled its memory", 240)
     guest.console.wait_more_ticks(3)
     return guest

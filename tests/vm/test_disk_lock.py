@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from vm.disk_guest import Disk, boot
-from vm.guests import Lab, Snapshot, cli, refused
+from vm.disk_guest import Disk, boot, spec
+from vm.guests import (
+    INCOMING,
+    PATIENCE,
+    Guest,
+    Lab,
+    Snapshot,
+    cli,
+    ends_within,
+    refused,
+    send,
+    status_of,
+)
 
 from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.vm.process import ProcessIdentity
+from qemu_postcopy.vm.qmp import CommandError
 
 pytestmark = pytest.mark.needs("uffd", "ptrace", "guest")
 
 
-def test_a_restore_whose_disk_another_guest_holds_is_refused_and_works_when_that_has_ended(
-    qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
-) -> None:
-    disk = Disk(run_dir / "disk.raw")
-    original = boot(lab, guest_image, qemu_binary, "memfd", disk)
+@pytest.fixture
+def disk(run_dir: Path) -> Disk:
+    return Disk(run_dir / "disk.raw")
+
+
+@pytest.fixture
+def original(lab: Lab, guest_image: GuestImage, qemu_binary: Path, disk: Disk) -> Guest:
+    """It runs on after its snapshot, with its disk."""
+    return boot(lab, guest_image, qemu_binary, "memfd", disk)
+
+
+@pytest.fixture
+def snapshot(original: Guest, qemu_binary: Path, run_dir: Path) -> Snapshot:
     image = run_dir / "image"
     result = json.loads(cli("snapshot", "--json", original.qmp_path, image).stdout)
-    snapshot = Snapshot(image, qemu_binary, "memfd", result["ram_bytes"], 0)
+    return Snapshot(image, qemu_binary, "memfd", result["ram_bytes"], 0)
 
+
+def test_a_restore_whose_disk_another_guest_holds_is_refused_and_works_when_that_has_ended(
+    qemu_binary: Path, lab: Lab, original: Guest, snapshot: Snapshot, disk: Disk
+) -> None:
     refused(
-        *("restore", "--name", "early", "--qemu", qemu_binary, image),
+        *("restore", "--name", "early", "--qemu", qemu_binary, snapshot.image),
         status=5,
         words=("lock", str(disk.path), "copy of the disk"),
     )
@@ -35,3 +62,55 @@ def test_a_restore_whose_disk_another_guest_holds_is_refused_and_works_when_that
 
     original.kill()
     lab.restore(snapshot, name="late").console.wait_more_ticks(3)
+
+
+def test_a_paused_restore_can_be_let_run_when_its_disk_is_free(
+    lab: Lab, original: Guest, snapshot: Snapshot
+) -> None:
+    guest = lab.restore(snapshot, "--paused", "--no-background")
+    with pytest.raises(CommandError, match="lock"):
+        guest.ask("cont")
+    assert guest.run_state() == "paused"
+    original.kill()
+    guest.ask("cont")
+    guest.console.wait_more_ticks(3)
+
+
+def test_a_qemu_of_somebody_elses_is_served_until_its_disk_is_free(
+    qemu_binary: Path,
+    lab: Lab,
+    guest_image: GuestImage,
+    original: Guest,
+    snapshot: Snapshot,
+    disk: Disk,
+) -> None:
+    """Its state is loaded, so it is not ended; whoever takes over says the same again."""
+    waiting = lab.launch(spec(lab, guest_image, qemu_binary, "memfd", disk, *INCOMING))
+    refused(
+        *("attach", "--name", "a", "--no-background", waiting.qmp_path, snapshot.image),
+        status=5,
+        words=("lock", "served", str(waiting.qmp_path)),
+    )
+    said = status_of("a")
+    assert said["state"] == "loaded"
+    assert "cont" in said["trouble"]
+    run = RunDirectory.find("a")
+    record = run.read_record()
+    assert record is not None
+    with ProcessIdentity.open(record.sidecar_pid) as killed:
+        send(killed, signal.SIGKILL)
+        assert ends_within(killed, PATIENCE)
+    refused("recover", "a", status=5, words=("lock", "served"))
+    assert "cont" in status_of("a")["trouble"]
+    record = run.read_record()
+    assert record is not None
+    sidecar = ProcessIdentity.open(record.sidecar_pid)
+
+    original.kill()
+    waiting.ask("cont")
+    waiting.console.wait_more_ticks(3)
+    cli("fill", "a")
+    assert ends_within(sidecar, PATIENCE), "it has all of its memory"
+    sidecar.close()
+    assert status_of("a")["state"] == "detached"
+    waiting.console.wait_more_ticks(3)
