@@ -530,9 +530,9 @@ class Session:
                 self._owned.kill()
                 self._enter(State.GONE)
             else:
+                how = f"`cont` at {self._monitor}" if self._monitor[:1] == "/" else "virsh resume"
                 hint = (
-                    "it is loaded and served: stop the other guest, then let this one run "
-                    f"(`cont` at {self._qmp_path})"
+                    f"it is loaded and served: stop the other guest, then let this one run ({how})"
                 )
             raise MismatchError(f"the guest cannot start: {reason}", hint=hint) from error
         self._resumed = True

@@ -37,6 +37,7 @@ from qemu_postcopy.libvirt.monitor import address_of
 from qemu_postcopy.restore import (
     ending_by_signals,
     handlers,
+    resume,
     serve_to_the_end,
     verify_image,
 )
@@ -185,18 +186,19 @@ async def restore_domain(
                 await _start(connection, options, saved, session, control)
             await session.confirm()
             if not paused:
-                await session.resume()
+                await resume(session)
             await serve_to_the_end(session)
             saved.discard()
             return session
         except GuestEndedError:
             saved.discard()
             raise
-        except Exception:
+        except Exception as error:
             if not session.has_guest():
                 saved.discard()
                 raise
             log.exception("the control plane failed; the guest is served on without it")
+            session.tell_failure(error)
             session.start_background()
             await session.wait_gone()
             raise GuestEndedError("QEMU has ended", vm=run.name) from None
