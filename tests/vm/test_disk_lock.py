@@ -24,8 +24,8 @@ from vm.guests import (
 
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.vm.monitor import CommandError
 from qemu_postcopy.vm.process import ProcessIdentity
-from qemu_postcopy.vm.qmp import CommandError
 
 pytestmark = pytest.mark.needs("uffd", "ptrace", "guest")
 
