@@ -6,12 +6,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from qemu_postcopy.errors import PostcopyError, SidecarError
-from qemu_postcopy.sidecar.control import ask
+from qemu_postcopy.sidecar.control import ANSWER_TIMEOUT, ask
 from qemu_postcopy.sidecar.rundir import RunDirectory, boot_id, list_directories
 
 WATCH_SECONDS = 0.5
@@ -22,8 +23,8 @@ DEPENDENT = ("serving", "loaded", "running", "complete")
 UNBORN = ("new", "found", "attached")
 
 
-def collect(name: str | None = None) -> list[dict[str, Any]]:
-    """One entry per guest of this user.
+def collect(name: str | None = None, timeout: float = ANSWER_TIMEOUT) -> list[dict[str, Any]]:
+    """One entry per guest of this user; a sidecar has ``timeout`` seconds to answer.
 
     Keys: ``name``, ``state`` (of the session; `waiting` where the sidecar is gone and the guest
     needs it; `ended` where QEMU is gone), ``pid``, ``image``, ``trouble`` (a sentence, or empty),
@@ -41,21 +42,21 @@ def collect(name: str | None = None) -> list[dict[str, Any]]:
         SidecarError: no guest of that name is known.
     """
     if name:
-        return [_entry(RunDirectory.find(name))]
+        return [_entry(RunDirectory.find(name), timeout)]
     # All at the same time: one that does not answer must not keep the others from being seen.
     with ThreadPoolExecutor(ASKED_AT_ONCE) as executor:
-        found = executor.map(_entry_if_there, list_directories())
+        found = executor.map(lambda one: _entry_if_there(one, timeout), list_directories())
         return [entry for entry in found if entry is not None]
 
 
-def _entry_if_there(directory: RunDirectory) -> dict[str, Any] | None:
+def _entry_if_there(directory: RunDirectory, timeout: float) -> dict[str, Any] | None:
     try:
-        return _entry(directory)
+        return _entry(directory, timeout)
     except (PostcopyError, OSError):
         return None  # it went away meanwhile, or is damaged: `status NAME` says which
 
 
-def _entry(directory: RunDirectory) -> dict[str, Any]:
+def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
     record = directory.read_record()
     assert record is not None
     entry: dict[str, Any] = {
@@ -82,7 +83,7 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
     if record.state not in DEPENDENT:
         return entry
     try:
-        answer = ask(directory.control_socket, "status")
+        answer = ask(directory.control_socket, "status", timeout=timeout)
     except SidecarError as error:
         trouble = (
             f"its sidecar does not answer, so the guest waits: {error.message}; "
@@ -94,7 +95,7 @@ def _entry(directory: RunDirectory) -> dict[str, Any]:
     return {key: answer.get(key, entry[key]) for key in entry}
 
 
-def _table(guests: list[dict[str, Any]]) -> RenderableType:
+def _table(guests: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("guest", "state", "PID", "present", "faults", "waiting", "filled"):
         table.add_column(column, justify="left" if column in ("guest", "state") else "right")
@@ -102,25 +103,31 @@ def _table(guests: list[dict[str, Any]]) -> RenderableType:
         numbers = guest["statistics"]
         data, missing = numbers.get("pages_data", 0), numbers.get("pages_data_missing", 0)
         present = f"{100 * (1 - missing / data):.1f} %" if data else ""
-        state = guest["state"]
         table.add_row(
-            guest["name"],
-            f"[red]{state}[/red]" if guest["trouble"] else state,
+            Text(guest["name"]),
+            Text(guest["state"], style="red" if guest["trouble"] else ""),
             str(guest["pid"] or ""),
             present,
             str(numbers.get("faults", "")),
             str(numbers.get("faults_waiting", "")),
             f"{numbers.get('bytes_read', 0) >> 20} MiB",
         )
-        if guest["origins"]:
-            table.add_row("", f"[dim]{_origins_line(guest['origins'])}[/dim]")
-        if guest["vcpus"].get("count"):
-            table.add_row("", f"[dim]{vcpus_line(guest['vcpus'])}[/dim]")
-        if guest["chaos"]:
-            table.add_row("", f"[yellow]{_chaos_line(guest['chaos'])}[/yellow]")
-        if guest["trouble"]:
-            table.add_row("", f"[red]{guest['trouble']}[/red]")
     return table
+
+
+def _lines(guests: list[dict[str, Any]]) -> list[Text]:
+    """What is to be said of each guest beside the table."""
+    lines = []
+    for guest in guests:
+        if guest["trouble"]:
+            lines.append(Text(f"{guest['name']}: {guest['trouble']}", style="red"))
+        if guest["chaos"]:
+            lines.append(Text(f"{guest['name']}: {_chaos_line(guest['chaos'])}", style="yellow"))
+        if guest["origins"]:
+            lines.append(Text(f"{guest['name']}: {_origins_line(guest['origins'])}", style="dim"))
+        if guest["vcpus"].get("count"):
+            lines.append(Text(f"{guest['name']}: {vcpus_line(guest['vcpus'])}", style="dim"))
+    return lines
 
 
 def _origins_line(origins: dict[str, Any]) -> str:
@@ -161,16 +168,24 @@ def _chaos_line(chaos: dict[str, Any]) -> str:
 
 def show(guests: list[dict[str, Any]]) -> None:
     """Prints them as a table."""
-    console = Console()
-    if guests:
-        console.print(_table(guests))
-    else:
+    console = Console(highlight=False)
+    if not guests:
         console.print("no guest is known; `qemu-postcopy restore IMAGE` starts one")
+        return
+    console.print(_table(guests))
+    for line in _lines(guests):
+        # A file or pipe has no width, and who searches it wants whole lines.
+        console.print(line, soft_wrap=not console.is_terminal)
 
 
 def watch(name: str | None) -> None:
     """Shows them until interrupted."""
-    with Live(_table(collect(name)), auto_refresh=False) as live:
+
+    def look() -> RenderableType:
+        guests = collect(name)
+        return Group(_table(guests), *_lines(guests))
+
+    with Live(look(), auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_SECONDS)
-            live.update(_table(collect(name)), refresh=True)
+            live.update(look(), refresh=True)

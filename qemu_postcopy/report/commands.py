@@ -11,7 +11,7 @@ import click
 
 from qemu_postcopy.errors import HostError
 from qemu_postcopy.paging.trace import Trace
-from qemu_postcopy.report.digest import digest
+from qemu_postcopy.report.digest import busy_part, digest
 from qemu_postcopy.report.page import html
 
 
@@ -35,7 +35,7 @@ def report_command(trace_file: Path, output: Path | None) -> None:
     try:
         with Trace(trace_file, cut_allowed=True) as traced:
             found = digest(traced)
-            output.write_text(html(traced, found), encoding="utf-8")
+            output.write_text(html(traced, found, busy_part(traced, found)), encoding="utf-8")
             lost, cut = traced.lost, traced.cut
     except OSError as error:
         raise HostError(

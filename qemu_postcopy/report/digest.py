@@ -13,8 +13,9 @@ from qemu_postcopy.paging.trace import RECORD, Answer, Trace
 
 #: Resolution of the pictures: so many steps of time, and of a block's addresses.
 COLUMNS, ROWS = 800, 256
-#: Buckets of latency: below 1, 2, 4 ... microseconds.
-BUCKETS = 32
+#: A restored guest asks for most of its pages at once: where so many of all faults came within so
+#: many columns, these are shown for themselves as well.
+BUSY_SHARE, BUSY_COLUMNS = 0.95, COLUMNS // 5
 
 
 @dataclass
@@ -55,6 +56,22 @@ class Digest:
     slow: dict[int, int] = field(default_factory=dict)
     growth: list[int] = field(default_factory=lambda: [0] * COLUMNS)
     growth_bytes: list[int] = field(default_factory=lambda: [0] * COLUMNS)
+
+
+def busy_part(trace: Trace, found: Digest) -> Digest | None:
+    """The beginning alone, where most faults came in a small part of the time; else None."""
+    columns = [0] * COLUMNS
+    for key, count in found.slow.items():
+        columns[key % COLUMNS] += count
+    seen, wanted = 0, BUSY_SHARE * found.faults
+    for column, count in enumerate(columns):
+        seen += count
+        if seen >= wanted:
+            if column >= BUSY_COLUMNS:
+                return None
+            end_ns = found.begin_ns + -(-found.span_ns * (column + 1) // COLUMNS)
+            return _digest(trace, min(end_ns, found.begin_ns + found.span_ns - 1))[0]
+    return None
 
 
 def digest(trace: Trace) -> Digest:

@@ -15,11 +15,13 @@ from qemu_postcopy.report import picture
 from qemu_postcopy.report.digest import COLUMNS, ROWS, Digest, Origin
 
 BUCKET_HEIGHT = 12
+#: Points are drawn so large where there are fewer than so many, to be seen at all.
+LARGER = ((3, 2500), (2, 8000))
 
 STYLE = """:root{color-scheme:light dark;--text:#1b1b1b;--page:#fff;--ground:#f3f4f6;--grid:#d5d8dd}
 @media(prefers-color-scheme:dark){:root{--text:#e4e4e4;--page:#16181c;--ground:#20242a;--grid:#3a4048}}
 body{font:15px/1.45 system-ui,sans-serif;max-width:58rem;margin:2rem auto;padding:0 1rem;
-color:var(--text);background:var(--page)}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+color:var(--text);background:var(--page)}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}h3{font-size:1rem}
 svg{width:100%;height:auto;display:block}svg text{font-size:12px;fill:var(--text)}
 .ground{fill:var(--ground)}.grid{stroke:var(--grid);fill:none}
 .line{fill:none;stroke:#2f80d0;stroke-width:2.5;stroke-linejoin:round}
@@ -30,8 +32,8 @@ td:first-child,th:first-child{text-align:left;padding-left:0}tr+tr{border-top:1p
 .note{border-left:4px solid #d55e00;padding-left:.8em}"""
 
 
-def html(trace: Trace, found: Digest) -> str:
-    """The page."""
+def html(trace: Trace, found: Digest, busy: Digest | None = None) -> str:
+    """The page; ``busy`` is the beginning of ``found``, if that is to be shown for itself."""
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>Faults</title>'
@@ -49,10 +51,13 @@ def html(trace: Trace, found: Digest) -> str:
         + ".</p>"
     )
     parts.append(_origins(found.origins))
-    for index, block in enumerate(trace.blocks):
-        if found.maps[index]:
-            parts.append(_map(block, found, index))
-    parts += [_growth(found), _latencies(found), _slow(found)]
+    if busy is not None:
+        share = f"{100 * busy.faults / found.faults:.0f} % of the faults"
+        parts.append(f"<h2>The first {_time(busy.span_ns)}: {share}</h2>")
+        parts += _pictures(trace, busy, "h3")
+        parts.append(f"<h2>All {_time(found.span_ns)}</h2>")
+    parts += _pictures(trace, found, "h2" if busy is None else "h3")
+    parts.append(_latencies(found))
     return "".join(parts) + "</html>\n"
 
 
@@ -110,6 +115,23 @@ def _across(found: Digest) -> list[tuple[float, str]]:
     ]
 
 
+def _pictures(trace: Trace, found: Digest, heading: str) -> list[str]:
+    """All that goes over time."""
+    maps = [
+        f"<{heading}>Block {escape(block.name)}: addresses over time</{heading}>"
+        + _map(block, found, index)
+        for index, block in enumerate(trace.blocks)
+        if found.maps[index]
+    ]
+    return [
+        *maps,
+        f"<{heading}>Working set: memory asked for so far</{heading}>",
+        _growth(found),
+        f"<{heading}>Latency over time</{heading}>",
+        _slow(found),
+    ]
+
+
 def _map(block: TraceBlock, found: Digest, index: int) -> str:
     sums: dict[int, int] = {}
     strongest: dict[int, tuple[int, int]] = {}
@@ -125,12 +147,17 @@ def _map(block: TraceBlock, found: Digest, index: int) -> str:
         place: (_colour(origin), picture.level_of(sums[place], most))
         for place, (_, origin) in strongest.items()
     }
+    larger = next((size for size, few in LARGER if len(points) < few), 1)
+    for place in list(points):
+        row, column = divmod(place, COLUMNS)
+        for y in range(row, min(row + larger, ROWS)):
+            for x in range(column, min(column + larger, COLUMNS)):
+                points.setdefault(y * COLUMNS + x, points[place])
     up = [
         (tick / block.length, _size(tick)) for tick in picture.ticks(block.length, 8, binary=True)
     ]
     return (
-        f"<h2>Block {escape(block.name)}: addresses over time</h2>"
-        + picture.chart(
+        picture.chart(
             picture.picture(COLUMNS, ROWS, points), COLUMNS, ROWS, _across(found), up,
             f"addresses of faults in {block.name} over time", "since the first fault",
         )
@@ -143,7 +170,7 @@ def _growth(found: Digest) -> str:
     highest = values[-1]
     height = 220
     up = [(tick / highest, _size(tick)) for tick in picture.ticks(highest, 8, binary=True)]
-    return "<h2>Working set: memory asked for so far</h2>" + picture.chart(
+    return picture.chart(
         picture.line(values, COLUMNS, height, highest), COLUMNS, height, _across(found), up,
         "growth of the working set", "since the first fault",
     )  # fmt: skip
@@ -186,7 +213,7 @@ def _slow(found: Digest) -> str:
         ((bucket + 1) / count, f"{_time(1000 << (lowest + bucket))}")
         for bucket in range(0, count, 2 if count > 8 else 1)
     ]
-    return "<h2>Latency over time</h2>" + picture.chart(
+    return picture.chart(
         picture.picture(COLUMNS, height, points), COLUMNS, height, _across(found), up,
         "latencies over time", "since the first fault; each row is below the time beside it",
     )  # fmt: skip

@@ -18,7 +18,7 @@ from math import log
 COLOURS = ("#2f80d0", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#888888")
 #: Steps from few to many faults in one point.
 LEVELS = 8
-FAINTEST = 0.5
+FAINTEST = 0.65
 #: Room for labels, in the pixels of the drawing.
 LEFT, RIGHT, TOP, BOTTOM = 76, 12, 8, 34
 

@@ -99,15 +99,17 @@ def _refusal(error: PostcopyError) -> dict[str, Any]:
     }
 
 
-def ask(path: Path, command: str, **arguments: Any) -> dict[str, Any]:
-    """Asks the sidecar behind ``path``; blocking, at most ``ANSWER_TIMEOUT`` seconds.
+def ask(
+    path: Path, command: str, *, timeout: float = ANSWER_TIMEOUT, **arguments: Any
+) -> dict[str, Any]:
+    """Asks the sidecar behind ``path``; blocking, at most ``timeout`` seconds for each step.
 
     Raises:
         SidecarError: nobody answers there, it belongs to somebody else, or it refused.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
-            client.settimeout(ANSWER_TIMEOUT)
+            client.settimeout(timeout)
             client.connect(str(path))
             _, uid, _ = UCRED.unpack(
                 client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)

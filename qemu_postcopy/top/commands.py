@@ -21,6 +21,8 @@ from qemu_postcopy.top import terminal
 from qemu_postcopy.top.frame import Choice, Look, Shown, Sort, View, between, frame, in_order, move
 
 VIEWS = {"o": View.ORIGINS, "b": View.BLOCKS, "h": View.HISTOGRAM}
+#: A sidecar that takes longer has been stopped, or has no processor: the others are not to wait.
+ANSWER_SECONDS = 2.0
 #: A file or pipe has no size.
 ONCE_LINES = 60
 
@@ -28,7 +30,11 @@ ONCE_LINES = 60
 def look(names: tuple[str, ...] = ()) -> Look:
     """The guests of this moment: those of these names, or all."""
     try:
-        guests = [guest for guest in collect() if not names or guest["name"] in names]
+        guests = [
+            guest
+            for guest in collect(timeout=ANSWER_SECONDS)
+            if not names or guest["name"] in names
+        ]
     except (PostcopyError, OSError) as error:
         return Look(time.monotonic(), error=str(error))
     return Look(time.monotonic(), guests)

@@ -11,7 +11,7 @@ from paging.mapper_process import wait_until
 from paging.served_guest import KIB, ServedGuest, is_hole
 
 from qemu_postcopy.errors import ImageError
-from qemu_postcopy.paging.trace import Answer, Trace, TraceThread
+from qemu_postcopy.paging.trace import Answer, Trace, TraceThread, TraceWriter
 
 Serve = Callable[..., ServedGuest]
 
@@ -91,3 +91,30 @@ def test_a_record_outside_of_its_block_is_refused(serve: Serve, tmp_path: Path) 
     damaged.write_bytes(data)
     with Trace(damaged) as trace, pytest.raises(ImageError):
         list(trace)
+
+
+def test_a_trace_is_gone_on_with_where_its_writer_was_killed(serve: Serve) -> None:
+    guest = serve(chunk_size=4 * KIB, trace_capacity=100)
+    for page in range(4, 7):
+        guest.mapper.first_word(page)
+    assert guest.trace is not None
+    path, blocks = guest.trace.path, settled(guest).blocks
+    guest.trace.set_threads({7: "vCPU 0", 8: "main loop"})
+    before = list(Trace(path))
+    guest.pager.stop()
+    resumed = TraceWriter.resume(path, blocks)
+    assert resumed.trace.count == len(before) > 0 and resumed.trace.capacity == 100
+    resumed.set_threads({8: "worker", 9: "vCPU 1"})
+    resumed.close()
+    with Trace(path) as trace:
+        assert list(trace) == before
+        named = {thread.tid: thread.origin for thread in trace.threads}
+    assert named == {7: "vCPU 0", 8: "worker", 9: "vCPU 1"}
+    with pytest.raises(ImageError, match="other memory"):
+        TraceWriter.resume(path, [])
+    other = path.with_name("other")
+    with pytest.raises(ImageError, match="cannot be read"):
+        TraceWriter.resume(other, blocks)
+    other.write_bytes(b"something else")
+    with pytest.raises(ImageError, match="no trace"):
+        TraceWriter.resume(other, blocks)

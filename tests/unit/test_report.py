@@ -20,7 +20,7 @@ from qemu_postcopy.paging.trace import (
     TraceBlock,
     TraceWriter,
 )
-from qemu_postcopy.report.digest import COLUMNS, digest
+from qemu_postcopy.report.digest import COLUMNS, busy_part, digest
 from qemu_postcopy.report.picture import LEVELS, level_of, png, ticks
 
 #: Far more faults than a page has points: what is shown must not grow with them.
@@ -80,6 +80,26 @@ def test_numbers_are_those_of_the_faults(tmp_path: Path) -> None:
     # All pages were asked for within the first 16 of 99 microseconds.
     assert sum(found.growth[: 17 * COLUMNS // 99]) == 16
     assert sum(found.maps[0].values()) == sum(found.slow.values()) == 100
+
+
+def test_a_busy_beginning_is_shown_for_itself(tmp_path: Path) -> None:
+    path = write_trace(tmp_path / "t", 1000)
+    with Trace(path) as trace:
+        assert busy_part(trace, digest(trace)) is None
+        began = trace.started_ns
+    last = RECORD.pack(began + 5 * 10**9, 7, 3, 1000, 0, 0, 0)
+    with path.open("rb+") as file:
+        file.seek(RECORDS_OFFSET + 999 * RECORD.size)
+        file.write(last)
+    with Trace(path) as trace:
+        found = digest(trace)
+        busy = busy_part(trace, found)
+    assert busy is not None
+    assert (found.faults, found.span_ns) == (1000, 5 * 10**9 + 1)
+    assert (busy.faults, busy.begin_ns, busy.span_ns < 10**8) == (999, found.begin_ns, True)
+    assert report(path).exit_code == 0
+    page = path.with_name("t.html").read_text()
+    assert "100 % of the faults" in page and "All 5 s" in page
 
 
 def test_a_trace_cut_short_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:

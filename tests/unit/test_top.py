@@ -96,6 +96,8 @@ class Guests:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.answers: dict[str, dict[str, Any]] = {}
+        self.silent: set[str] = set()
+        self.speak = asyncio.Event()
         self.loop = asyncio.new_event_loop()
         self.servers: dict[str, ControlServer] = {}
         self.thread = threading.Thread(target=self.loop.run_forever)
@@ -113,6 +115,8 @@ class Guests:
         self.answers[name] = told(name, **numbers)
 
         async def status(_: dict[str, Any]) -> dict[str, Any]:
+            if name in self.silent:
+                await self.speak.wait()
             return self.answers[name]
 
         self.servers[name] = ControlServer(run.control_socket, {"status": status})
@@ -124,8 +128,14 @@ class Guests:
         RunDirectory(self.base / name).update_record(state="gone", pid=0)
 
     def close(self) -> None:
-        for server in self.servers.values():
-            self.run(server.close())
+        async def settle() -> None:
+            self.speak.set()
+            for server in self.servers.values():
+                await server.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.run(settle())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -253,6 +263,20 @@ def test_what_happens_meanwhile_is_shown_unless_it_is_paused(guests: Guests) -> 
         top.wait_for("1 served", "ended")
         top.press("e")
         top.wait_for("late: origins", gone="one")
+        top.press("q")
+        assert top.wait_end() == 0
+
+
+def test_a_sidecar_that_is_silent_holds_up_neither_keys_nor_others(guests: Guests) -> None:
+    guests.add("one")
+    guests.add("two")
+    with Terminal(guests.base) as top:
+        top.wait_for("2 served", "one: origins")
+        guests.silent.add("two")
+        guests.answers["one"] = told("one", faults=4321)
+        top.press("j")
+        top.wait_for("two: origins")
+        top.wait_for("4321", "its sidecar does not answer")
         top.press("q")
         assert top.wait_end() == 0
 
