@@ -162,6 +162,7 @@ class Accounts:
                 "pages_data": counts.pages_data,
                 "pages_data_missing": counts.pages_data_missing,
                 "pages_removed": counts.pages_removed,
+                "pages_unmapped": counts.pages_unmapped,
             }
             for block, counts in zip(self._blocks, self._pager.block_counts(), strict=True)
         ]

@@ -33,6 +33,7 @@ BLOCK_GAUGES = {
     "pages_data": "Pages of the block that the image has data for.",
     "pages_data_missing": "Of these, not present yet.",
     "pages_removed": "Pages of the block given back by the guest.",
+    "pages_unmapped": "Pages of the block that QEMU has unmapped since.",
     "waiting": "Faults in the block that are not answered yet.",
 }
 GAUGES = {

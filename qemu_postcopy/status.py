@@ -35,7 +35,8 @@ def collect(name: str | None = None, timeout: float = ANSWER_TIMEOUT) -> list[di
     by a missing page now, for how long each was in all, ``stopped_us``, and all at the same time,
     ``all_stopped_us``; ``async_share`` of all faults, 0 to 1, that the kernel made on their
     behalf), ``blocks`` (each with ``name``, ``page_size``, ``pages``, ``faults``, ``waiting``,
-    ``pages_data``, ``pages_data_missing``, ``pages_removed``).  Counts begin anew when another
+    ``pages_data``, ``pages_data_missing``, ``pages_removed``, ``pages_unmapped``: all where the
+    block was taken away).  Counts begin anew when another
     sidecar takes over.
 
     Raises:

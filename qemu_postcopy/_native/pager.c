@@ -117,6 +117,7 @@ static void *pager_thread(void *argument)
                 continue;
         }
         due = due ? min_u64(due, background_due) : background_due;
+        qpc_pager_leave_windows(p);
         if (!spin(p, due))
             sleep_until(p, due);
     }
@@ -152,7 +153,7 @@ static void count_pages(struct qpc_pager *p)
 {
     for (uint32_t i = 0; i < p->block_count; i++) {
         struct block *b = &p->blocks[i];
-        uint64_t data = 0, missing = 0, removed = 0;
+        uint64_t data = 0, missing = 0, removed = 0, unmapped = 0;
 
         for (uint64_t page = 0; page < b->page_count; page++) {
             uint8_t state = page_state(b, page);
@@ -162,7 +163,8 @@ static void count_pages(struct qpc_pager *p)
                 __atomic_store_n(&b->is.ledger[page], QPC_PAGE_MISSING, __ATOMIC_RELAXED);
                 state = QPC_PAGE_MISSING;
             }
-            removed += state == QPC_PAGE_REMOVED;
+            removed += state == QPC_PAGE_REMOVED || state == QPC_PAGE_RETURNED;
+            unmapped += state == QPC_PAGE_UNMAPPED;
             if (has_data(b, page)) {
                 data++;
                 missing += state == QPC_PAGE_MISSING;
@@ -175,6 +177,7 @@ static void count_pages(struct qpc_pager *p)
         SET(b->account.pages_data, data);
         SET(b->account.pages_data_missing, missing);
         SET(b->account.pages_removed, removed);
+        SET(b->account.pages_unmapped, unmapped);
     }
 }
 

@@ -23,7 +23,9 @@ enum qpc_page_state {
     QPC_PAGE_MISSING = 0,
     QPC_PAGE_FILLING = 1, /* about to be filled: it may or may not have arrived */
     QPC_PAGE_PRESENT = 2, /* filled once; if it is missing now, the guest removed it */
-    QPC_PAGE_REMOVED = 3  /* given back by the guest: reads as zero for ever */
+    QPC_PAGE_REMOVED = 3, /* given back by the guest: reads as zero for ever */
+    QPC_PAGE_UNMAPPED = 4, /* not the mapper's any more: never written to, whatever lies there now */
+    QPC_PAGE_RETURNED = 5  /* there or removed, and unregistered: the kernel's own affair */
 };
 
 /* One RAM block. All lengths and addresses are multiples of page_size. */
@@ -108,7 +110,7 @@ struct qpc_pager;
 
 /*
  * Checks the blocks and options; allocates all that will be needed. Pages whose ledger byte is
- * PRESENT or REMOVED count as done. The blocks are copied; bitmaps, ledgers, journal, sources and
+ * MISSING or FILLING are to be filled, all others are done. The blocks are copied; bitmaps, ledgers, journal, sources and
  * descriptors must live until qpc_pager_destroy().
  */
 struct qpc_pager *qpc_pager_create(const struct qpc_pager_options *options,

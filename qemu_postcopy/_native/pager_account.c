@@ -168,5 +168,6 @@ void qpc_pager_read_blocks(const struct qpc_pager *p, struct qpc_block_account *
         ret[i].pages_data = GET(b->account.pages_data);
         ret[i].pages_data_missing = GET(b->account.pages_data_missing);
         ret[i].pages_removed = GET(b->account.pages_removed);
+        ret[i].pages_unmapped = GET(b->account.pages_unmapped);
     }
 }

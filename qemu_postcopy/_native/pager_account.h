@@ -38,6 +38,7 @@ struct qpc_block_account {
     uint64_t pages_data;         /* pages that the source has data for */
     uint64_t pages_data_missing; /* of these, not yet present */
     uint64_t pages_removed;      /* given back by the guest */
+    uint64_t pages_unmapped;     /* gone from the mapper: all of them when the block was taken away */
 };
 
 /* The virtual CPUs, since qpc_pager_name_vcpus(). */

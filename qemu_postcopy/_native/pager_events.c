@@ -34,6 +34,8 @@ static void set_page_state(struct qpc_pager *p, struct block *b, uint64_t page, 
     int was_missing = old == QPC_PAGE_MISSING || old == QPC_PAGE_FILLING;
     int is_missing = state == QPC_PAGE_MISSING || state == QPC_PAGE_FILLING;
 
+    if (old == QPC_PAGE_UNMAPPED || old == QPC_PAGE_RETURNED)
+        return;
     if (has_data(b, page) && was_missing != is_missing) {
         COUNT(p->statistics.pages_data_missing, is_missing ? 1u : (uint64_t)-1);
         COUNT(b->account.pages_data_missing, is_missing ? 1u : (uint64_t)-1);
@@ -42,6 +44,8 @@ static void set_page_state(struct qpc_pager *p, struct block *b, uint64_t page, 
         COUNT(p->statistics.pages_removed, 1u);
         COUNT(b->account.pages_removed, 1u);
     }
+    if (state == QPC_PAGE_UNMAPPED)
+        COUNT(b->account.pages_unmapped, 1u);
     /* Release: at take-over 'filled' must never be seen without the COPY that it stands for. */
     __atomic_store_n(&b->is.ledger[page], state, __ATOMIC_RELEASE);
 }
@@ -139,32 +143,17 @@ static int overlap(const struct block *b, uint64_t start, uint64_t end, uint64_t
     return 1;
 }
 
-static void note_removed(struct qpc_pager *p, uint64_t start, uint64_t end)
+/* Removed or unmapped pages. */
+static void note_lost(struct qpc_pager *p, uint64_t start, uint64_t end, uint8_t state)
 {
     for (uint32_t i = 0; i < p->block_count; i++) {
         uint64_t first, last;
 
-        if (overlap(&p->blocks[i], start, end, &first, &last))
-            qpc_pager_set_pages(p, &p->blocks[i], first, last - first + 1, QPC_PAGE_REMOVED);
-    }
-}
-
-static void note_unmapped(struct qpc_pager *p, uint64_t start, uint64_t end)
-{
-    note_removed(p, start, end);
-    for (uint32_t i = 0; i < p->block_count; i++) {
-        struct block *b = &p->blocks[i];
-        uint64_t first, last;
-
-        if (!overlap(b, start, end, &first, &last))
+        if (!overlap(&p->blocks[i], start, end, &first, &last))
             continue;
-        if (b->unmapped_from == b->unmapped_to) {
-            b->unmapped_from = first;
-            b->unmapped_to = last + 1;
-        } else {
-            b->unmapped_from = min_u64(b->unmapped_from, first);
-            b->unmapped_to = b->unmapped_to > last + 1 ? b->unmapped_to : last + 1;
-        }
+        qpc_pager_set_pages(p, &p->blocks[i], first, last - first + 1, state);
+        if (state == QPC_PAGE_REMOVED)
+            qpc_pager_return_removed(p, &p->blocks[i], first, last);
     }
 }
 
@@ -172,14 +161,15 @@ static void note_event(struct qpc_pager *p, const struct uffd_msg *m)
 {
     switch (m->event) {
     case UFFD_EVENT_REMOVE:
-        note_removed(p, m->arg.remove.start, m->arg.remove.end);
+        note_lost(p, m->arg.remove.start, m->arg.remove.end, QPC_PAGE_REMOVED);
         break;
     case UFFD_EVENT_UNMAP:
-        note_unmapped(p, m->arg.remove.start, m->arg.remove.end);
+        note_lost(p, m->arg.remove.start, m->arg.remove.end, QPC_PAGE_UNMAPPED);
         break;
     case UFFD_EVENT_REMAP:
         /* QEMU never moves guest RAM; the old place is gone in any case. */
-        note_unmapped(p, m->arg.remap.from, m->arg.remap.from + m->arg.remap.len);
+        note_lost(p, m->arg.remap.from, m->arg.remap.from + m->arg.remap.len,
+                  QPC_PAGE_UNMAPPED);
         break;
     }
 }

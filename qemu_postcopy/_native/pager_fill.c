@@ -2,7 +2,6 @@
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
-#include <time.h>
 
 #include "pager_state.h"
 #include "uffd.h"
@@ -14,7 +13,7 @@
 #define BACKGROUND_AT_LEAST_NS 20000000ull
 #define RETRY_EVENT_AT_ONCE_NS 100000ull   /* see serve_fault() */
 #define RETRY_EVENT_PAUSING_NS 2000000ull  /* all in all, with pauses */
-#define RETRY_EVENT_PAUSE_NS 16384u        /* the longest pause; see pause_off_cpu() */
+#define RETRY_EVENT_WINDOWS 64             /* background: tries before it waits for longer */
 #define RETRY_EVENT_FIRST_NS 20000ull      /* the other side is between our read and its wake-up */
 #define RETRY_EVENT_LAST_NS 2000000ull
 #define RETRY_SOURCE_FIRST_NS 10000000ull
@@ -164,9 +163,7 @@ static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page,
                     data += page_size;
                 continue;
             }
-            if (page >= b->unmapped_from && page < b->unmapped_to)
-                return FILL_GONE;
-            /* An unread UNMAP would explain it; without one it is an error like any other. */
+            /* Not unmapped, as far as was told: an error like any other. */
             COUNT(p->statistics.fill_errors, 1u);
             note_error(p, b, page, ENOENT);
             return FILL_LATER;
@@ -180,7 +177,7 @@ static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page,
 }
 
 /* What a page gets; up to KIND_ZERO it is missing. */
-enum kind { KIND_DATA, KIND_ZERO, KIND_REMOVED, KIND_PRESENT };
+enum kind { KIND_DATA, KIND_ZERO, KIND_REMOVED, KIND_PRESENT, KIND_NOT_OURS };
 
 static enum kind page_kind(const struct block *b, uint64_t page)
 {
@@ -189,6 +186,9 @@ static enum kind page_kind(const struct block *b, uint64_t page)
         return KIND_PRESENT;
     case QPC_PAGE_REMOVED:
         return KIND_REMOVED;
+    case QPC_PAGE_UNMAPPED:
+    case QPC_PAGE_RETURNED:
+        return KIND_NOT_OURS;
     default:
         return has_data(b, page) ? KIND_DATA : KIND_ZERO;
     }
@@ -309,6 +309,9 @@ enum fill qpc_pager_fill_around(struct qpc_pager *p, struct block *b, uint64_t p
         find_run(b, page, kind, &first, &last);
         result = fill_pages(p, b, first, last - first, NULL, QPC_PAGE_PRESENT);
         break;
+    case KIND_NOT_OURS:
+        /* Something else may lie there by now, under another userfaultfd: COPY would not ask. */
+        return FILL_GONE;
     default:
         /*
          * Removed; or filled once and faulting again: then the guest removed it in a way that
@@ -344,6 +347,7 @@ static void note_answered(struct qpc_pager *p, const struct fault *fault, uint64
         qpc_pager_trace_answer(p, fault, now, 0);
     p->answered_ns = now;
     p->spin_armed = 1;
+    p->rounds_lost = 0;
 }
 
 static uint64_t backoff_ns(uint32_t attempts, uint64_t first, uint64_t last)
@@ -352,29 +356,10 @@ static uint64_t backoff_ns(uint32_t attempts, uint64_t first, uint64_t last)
 }
 
 /*
- * Sleeps for a random time of some microseconds that no message ends. A thread that removes memory
- * in a loop on this processor lets COPY through only between the end of one event and the next;
- * woken by the next event, we would never be there.
- */
-static void pause_off_cpu(struct qpc_pager *p)
-{
-    struct timespec time = {0};
-
-    /* xorshift32 */
-    p->random ^= p->random << 13;
-    p->random ^= p->random >> 17;
-    p->random ^= p->random << 5;
-    time.tv_nsec = 1 + p->random % RETRY_EVENT_PAUSE_NS;
-    nanosleep(&time, NULL);
-}
-
-/*
  * Answers one fault, or puts it back with a time.
  *
- * COPY gives EAGAIN from the moment a thread of the mapper queues an event until, after it was read
- * here, that thread has run on. If it removes memory in a loop, that leaves a window of some
- * microseconds each time, so the next attempts are made at once, then each a random pause after
- * events were read: those on a timer alone would hardly ever meet a window.
+ * Where an event is in the way the next attempts are made at once, then each after a wait for a
+ * window, and events are read before each: those on a timer alone would hardly ever meet a window.
  */
 static void serve_fault(struct qpc_pager *p, struct fault fault)
 {
@@ -386,6 +371,8 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
         enum fill result = serve_page(p, b, fault.page);
 
         now = now_ns();
+        if (result != FILL_EVENT_FIRST)
+            qpc_pager_leave_windows(p);
         switch (result) {
         case FILL_DONE:
             note_answered(p, &fault, now);
@@ -403,9 +390,11 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
             if (!qpc_pager_read_messages(p, &faults) && now < at_once_until_ns)
                 sched_yield();
             if (now >= at_once_until_ns)
-                pause_off_cpu(p);
+                qpc_pager_wait_window(p);
             if (now < at_once_until_ns + RETRY_EVENT_PAUSING_NS)
                 continue;
+            p->rounds_lost++;
+            qpc_pager_leave_windows(p);
             fault.due_ns = now + backoff_ns(fault.attempts++, RETRY_EVENT_FIRST_NS,
                                             RETRY_EVENT_LAST_NS);
             qpc_pager_queue_fault(p, &fault);
@@ -635,8 +624,9 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
                        : copy_run(p, b, first, last, p->buffer,
                                 &p->statistics.pages_background)) {
         case FILL_DONE:
+            qpc_pager_leave_windows(p);
             b->cursor = last;
-            p->background_attempts = 0;
+            p->background_attempts = p->background_windows = p->rounds_lost = 0;
             p->background_filled_ns = now;
             if (rate) {
                 uint64_t used = (last - first) << b->page_shift;
@@ -645,11 +635,21 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
             qpc_pager_check_complete(p);
             return 0;
         case FILL_EVENT_FIRST:
-            if (!qpc_pager_read_messages(p, &faults))
-                p->background_due_ns = now + RETRY_EVENT_LAST_NS;
+            qpc_pager_read_messages(p, &faults);
+            if (faults)
+                return 0;
+            if (p->background_windows++ < RETRY_EVENT_WINDOWS) {
+                qpc_pager_wait_window(p);
+                return 0;
+            }
+            p->rounds_lost++;
+            qpc_pager_leave_windows(p);
+            p->background_windows = 0;
+            p->background_due_ns = now + RETRY_EVENT_LAST_NS;
             return p->background_due_ns;
         case FILL_GONE:
         case FILL_LATER:
+            qpc_pager_leave_windows(p);
             b->cursor = last; /* the rest may be readable */
             p->background_due_ns = now + backoff_ns(p->background_attempts++, RETRY_SOURCE_FIRST_NS,
                                                     RETRY_SOURCE_LAST_NS);

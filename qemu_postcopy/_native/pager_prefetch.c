@@ -63,7 +63,7 @@ int qpc_pager_fill_ahead(struct qpc_pager *p)
         struct block *b = &p->blocks[next->block];
         uint8_t state = page_state(b, next->page);
 
-        if (state == QPC_PAGE_PRESENT || state == QPC_PAGE_REMOVED) {
+        if (state != QPC_PAGE_MISSING && state != QPC_PAGE_FILLING) {
             p->prefetch_next++;
             continue;
         }

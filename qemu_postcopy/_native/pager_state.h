@@ -3,6 +3,7 @@
  *
  *   pager_events.c   messages of the userfaultfd into the queue and the ledger
  *   pager_fill.c     the queue answered, the rest filled in the background
+ *   pager_window.c   finding the moments in which the kernel lets a COPY through
  *   pager_prefetch.c what the first faults were, and filling those pages ahead the next time
  *   pager_account.c  faults and waiting counted by thread and by block, virtual CPUs stopped
  *   pager_trace.c    each fault recorded in memory that others read
@@ -14,6 +15,7 @@
 #define QPC_PAGER_STATE_H
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <time.h>
 
@@ -39,11 +41,10 @@ struct block {
     struct qpc_pager_block is;
     uint64_t page_count;
     uint32_t page_shift;
-    uint64_t cursor;        /* where the background goes on: after the last fault */
-    uint64_t unmapped_from; /* pages [from, to) are gone from the mapper; from == to: none */
-    uint64_t unmapped_to;
+    uint64_t cursor; /* where the background goes on: after the last fault */
     struct {
-        _Atomic uint64_t faults, waiting, pages_data, pages_data_missing, pages_removed;
+        _Atomic uint64_t faults, waiting, pages_data, pages_data_missing, pages_removed,
+            pages_unmapped;
     } account; /* struct qpc_block_account */
 };
 
@@ -86,14 +87,22 @@ struct qpc_pager {
     uint64_t background_due_ns;
     uint64_t background_filled_ns; /* when the last unit was begun */
     uint32_t background_attempts;
+    uint32_t background_windows; /* how often it has waited for one, for the unit that is next */
 
     uint64_t gap_ns;      /* running mean of the time between an answer and the next fault */
-    uint32_t random; /* see pause_off_cpu() */
     uint64_t answered_ns; /* end of the last answer; 0 = none yet */
     int spin_armed;       /* a fault was answered since the last poll that found nothing */
     uint64_t gave_way_ns; /* when this thread last slept or yielded */
     uint64_t no_spin_before_ns;
     uint64_t busy_pause_ns;
+
+    uint32_t random;       /* see qpc_pager_wait_window() */
+    uint32_t rounds_lost;  /* tries of some milliseconds each, since one was not in vain */
+    uint32_t ranges_returned;
+    int came_first;        /* this thread has a real-time priority for the moment, instead of: */
+    int policy;
+    struct sched_param policy_param;
+    int cannot_come_first; /* for want of rights */
 
     struct qpc_pager_page *prefetch; /* what is to be filled ahead, from prefetch_next on */
     uint32_t prefetch_count;
@@ -201,6 +210,28 @@ struct fault qpc_pager_unqueue_fault(struct qpc_pager *p);
  * waits for a broken source delays nobody else.
  */
 uint64_t qpc_pager_serve_queue(struct qpc_pager *p);
+
+/*
+ * The kernel gives EAGAIN for each COPY from the moment a thread of the mapper queues an event until,
+ * after it was read here, that thread has run on (mmap_changing, fs/userfaultfd.c). Threads that
+ * remove memory in a loop leave a window of some microseconds each time; a COPY goes through when all
+ * of them are in theirs. So this sleeps for a random time of some microseconds that no message ends:
+ * woken by the next event, we would come too late every time. Where it may, the thread has a real-time
+ * priority from here to qpc_pager_leave_windows(), so that it interrupts a remover on its own
+ * processor in the middle of its window; without that, two of them there are hardly ever caught.
+ */
+void qpc_pager_wait_window(struct qpc_pager *p);
+void qpc_pager_leave_windows(struct qpc_pager *p);
+
+/*
+ * Where windows are waited for in vain (QPC_PAGER_STORM rounds), memory that was just removed is given
+ * back to the kernel, with what around it needs no data any more: it reads as zero either way, and
+ * whoever removes it again and again sends no more events. Each time may split a mapping, of which a
+ * process has 65,530 at most, so this is done QPC_PAGER_RETURNS times and not more.
+ */
+#define QPC_PAGER_STORM 4u
+#define QPC_PAGER_RETURNS 64u
+void qpc_pager_return_removed(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t last);
 
 /*
  * Fills a page and what is missing of the chunk of `chunk_pages` (a power of two) around it; pages

@@ -21,7 +21,7 @@ void qpc_pager_trace_answer(struct qpc_pager *p, const struct fault *fault, uint
     }
     if (is_gone)
         answer = QPC_TRACE_GONE;
-    else if (!has_data(b, fault->page) || page_state(b, fault->page) == QPC_PAGE_REMOVED)
+    else if (!has_data(b, fault->page) || page_state(b, fault->page) >= QPC_PAGE_REMOVED)
         answer = QPC_TRACE_ZERO;
     p->trace_records[p->trace_count++] = (struct qpc_trace_record){
         .read_ns = fault->read_ns,

@@ -44,6 +44,7 @@ class BlockCounts:
     pages_data: int
     pages_data_missing: int
     pages_removed: int
+    pages_unmapped: int
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@
  *   calm 0                    ends storms, which then answer how often they removed
  *   punch FIRST COUNT         hole punched in the memfd: sends no event
  *   unmap FIRST COUNT         munmap
+ *   reuse FIRST COUNT         munmap, then other memory there, under a userfaultfd of its own that
+ *                             nobody serves (registered alike, so that only the owner differs)
+ *   resident FIRST COUNT      how many of the pages are there, by the page table
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -65,6 +68,44 @@ static int give_back(uint64_t first, uint64_t count)
                    memory_fd < 0 ? MADV_DONTNEED : MADV_REMOVE);
 }
 
+static int open_userfaultfd(void)
+{
+    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    int uffd = device < 0 ? -1 : ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+
+    if (device >= 0)
+        close(device);
+    if (uffd < 0)
+        uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    return uffd;
+}
+
+static int reuse(void *at, uint64_t length)
+{
+    struct uffdio_api api = { .api = UFFD_API };
+    struct uffdio_register range = { .range = { (uintptr_t)at, length },
+                                     .mode = UFFDIO_REGISTER_MODE_MISSING };
+    int uffd = open_userfaultfd(); /* kept: closing it would unregister */
+
+    if (munmap(at, length) < 0 || mmap(at, length, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != at)
+        return -1;
+    return ioctl(uffd, UFFDIO_API, &api) < 0 ? -1 : ioctl(uffd, UFFDIO_REGISTER, &range);
+}
+
+static int resident(const char *from, uint64_t count, uint64_t *ret)
+{
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    uint64_t entry;
+
+    for (*ret = 0; fd >= 0 && count--; from += page_size) {
+        if (pread(fd, &entry, 8, (off_t)((uintptr_t)from / 4096 * 8)) != 8)
+            return -1;
+        *ret += entry >> 62 != 0; /* present or swapped, proc(5) */
+    }
+    return fd < 0 ? -1 : close(fd);
+}
+
 static void *run(void *argument)
 {
     char *line = argument, operation[16], path[256] = "", reply[64];
@@ -92,6 +133,10 @@ static void *run(void *argument)
                            (off_t)(first * page_size), (off_t)(second * page_size));
     } else if (!strcmp(operation, "unmap")) {
         result = munmap(memory + first * page_size, second * page_size);
+    } else if (!strcmp(operation, "reuse")) {
+        result = reuse(memory + first * page_size, second * page_size);
+    } else if (!strcmp(operation, "resident")) {
+        result = resident(memory + first * page_size, second, &word);
     } else {
         die(operation);
     }
@@ -111,7 +156,7 @@ int main(int argc, char **argv)
     FILE *commands;
     char *line = NULL;
     size_t room = 0;
-    int device, uffd;
+    int uffd;
 
     if (argc != 3)
         die("usage: mapper MEMORY PAGES");
@@ -132,10 +177,7 @@ int main(int argc, char **argv)
     }
     if (memory == MAP_FAILED)
         die("mmap");
-    device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-    uffd = device < 0 ? -1 : ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
-    if (uffd < 0)
-        uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    uffd = open_userfaultfd();
     if (uffd < 0)
         die("userfaultfd");
     send_handover(STDIN_FILENO, uffd, (uintptr_t)memory, length, page_size);

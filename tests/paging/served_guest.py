@@ -13,6 +13,7 @@ from typing import Self
 
 from paging.mapper_process import Mapper, wait_until
 
+from qemu_postcopy.paging import registration
 from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock, PagerState, Statistics
@@ -133,6 +134,13 @@ class ServedGuest:
             source_offset=SOURCE_OFFSET,
             data_bitmap=self.image.bitmap,
         )
+
+    def take_over(self) -> None:
+        """Another pager goes on from the ledger, as after the death of a sidecar."""
+        self.pager.close()
+        self.pager = Pager(self.mapper.userfaultfd, [self.pager_block()], self.ledger)
+        self.pager.start()
+        registration.wake(self.mapper.userfaultfd, self.mapper.address, self.mapper.length)
 
     @property
     def statistics(self) -> Statistics:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from paging.served_guest import KIB, MIB, ServedGuest
+
+from qemu_postcopy.paging.ledger import RETURNED, UNMAPPED
 
 Serve = Callable[..., ServedGuest]
 
@@ -125,6 +128,39 @@ def test_unmapped_memory_is_let_go(serve: Serve, memory: str) -> None:
     assert guest.dump(0, 500) == b"".join(guest.image.expected[:500])
 
 
+@pytest.mark.parametrize("memory", ["memfd", "anonymous"])
+def test_memory_between_two_unmapped_parts_is_served(serve: Serve, memory: str) -> None:
+    guest = serve(memory=memory, chunk_size=2 * MIB, holes=no_hole)
+    guest.mapper.do("unmap", 100, 50)
+    guest.mapper.do("unmap", 300, 50)
+    assert guest.dump(150, 150) == b"".join(guest.image.expected[150:300])
+    guest.pager.set_background(True)
+    statistics = guest.wait_complete()
+    assert statistics.fill_errors == 0
+    (counts,) = guest.pager.block_counts()
+    assert counts.pages_unmapped == 100
+    assert counts.pages_data_missing == 0
+    assert guest.ledger.pages_in("m0", UNMAPPED) == [*range(100, 150), *range(300, 350)]
+
+
+@pytest.mark.parametrize("memory", ["memfd", "anonymous"])
+def test_other_memory_at_an_unmapped_place_is_never_written_to(serve: Serve, memory: str) -> None:
+    """The kernel would do it: COPY asks for a userfaultfd of the memory, not for which."""
+    guest = serve(memory=memory, chunk_size=64 * KIB, holes=no_hole)
+    guest.image.cut(500)
+    waiting = guest.mapper.send("read", 500)
+    guest.wait(lambda s: s.faults_waiting == 1 and s.source_errors > 0, "the fault was read")
+    guest.mapper.do("reuse", 400, 300)
+    guest.image.grow_back()
+    guest.pager.set_background(True)
+    guest.wait_complete()
+    guest.wait(lambda s: s.faults_waiting == 0, "who waited is let go")
+    assert guest.mapper.do("resident", 400, 300) == 0
+    assert guest.dump(0, 400) == b"".join(guest.image.expected[:400])
+    assert guest.dump(700) == b"".join(guest.image.expected[700:])
+    assert guest.mapper.is_waiting(waiting), "nobody serves what lies there now"
+
+
 def test_a_fault_beside_unmapped_memory_is_answered(serve: Serve) -> None:
     guest = serve(memory="anonymous", chunk_size=2 * MIB, holes=no_hole)
     guest.mapper.do("remove", 0, 32)
@@ -151,21 +187,53 @@ def test_faults_are_served_through_a_storm_of_removals(
     guest.check_content(zero_pages=range(8))
 
 
-@pytest.mark.parametrize("memory", ["memfd", "anonymous"])
-def test_a_remover_on_the_pagers_processor_does_not_starve_faults(
-    serve: Serve, memory: str
-) -> None:
+@contextlib.contextmanager
+def on_one_processor() -> Iterator[None]:
+    """For whatever is started meanwhile: the mapper, and the pager's thread."""
     processors = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(processors)})  # the mapper and the pager's thread inherit it
+    os.sched_setaffinity(0, {min(processors)})
     try:
-        guest = serve(memory=memory, chunk_size=4 * KIB, holes=no_hole)
-        storm = guest.mapper.send("storm", 0, 8)
-        guest.wait(lambda s: s.events_remove > 100, "the storm has begun")
-        for page in range(100, 130):
-            answer = guest.mapper.result(guest.mapper.send("read", page), seconds=5)
-            assert answer.to_bytes(8, "little") == guest.image.expected[page][:8]
-        guest.mapper.do("calm", 0)
-        guest.mapper.result(storm)
-        guest.check_content(zero_pages=range(8))
+        yield
     finally:
         os.sched_setaffinity(0, processors)
+
+
+@pytest.mark.parametrize("removers", [1, 2, 8])
+@pytest.mark.parametrize("memory", ["memfd", "anonymous"])
+@pytest.mark.parametrize("placed", ["on the pager's processor", "anywhere"])
+def test_every_fault_is_answered_while_threads_remove_memory_in_a_loop(
+    serve: Serve, placed: str, memory: str, removers: int
+) -> None:
+    with contextlib.nullcontext() if placed == "anywhere" else on_one_processor():
+        guest = serve(memory=memory, chunk_size=4 * KIB, holes=no_hole)
+        storms = [guest.mapper.send("storm", 8 * number, 8) for number in range(removers)]
+        guest.wait(lambda s: s.events_remove > 100 * removers, "the storm has begun")
+        for page in range(100, 130):
+            assert guest.mapper.first_word(page) == guest.image.expected[page][:8]
+        # Removed memory is zero also where the kernel has been given it back.
+        assert guest.mapper.first_word(3) == ZERO
+        guest.pager.set_background(True)
+        guest.wait_complete()
+        guest.mapper.do("calm", 0)
+        removals = sum(guest.mapper.result(storm) for storm in storms)
+        assert removals >= guest.statistics.events_remove
+        guest.check_content(zero_pages=range(8 * removers))
+        states = guest.ledger.states("m0")
+        assert states.count(RETURNED) < len(states), "a range, not everything, was given back"
+
+
+def test_memory_that_was_given_back_is_left_alone_by_whoever_takes_over(serve: Serve) -> None:
+    with on_one_processor():
+        guest = serve(memory="anonymous", chunk_size=4 * KIB, holes=no_hole)
+        storms = [guest.mapper.send("storm", 8 * number, 8) for number in range(8)]
+        guest.wait(lambda s: s.events_remove > 800, "the storm has begun")
+        pages = iter(range(100, 1100))
+        while RETURNED not in guest.ledger.states("m0"):
+            guest.mapper.first_word(next(pages))
+        guest.mapper.do("calm", 0)
+        for storm in storms:
+            guest.mapper.result(storm)
+    guest.take_over()
+    guest.pager.set_background(True)
+    guest.wait_complete()
+    guest.check_content(zero_pages=range(64))
