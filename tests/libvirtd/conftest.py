@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from libvirtd.daemons import Host, Stack
+from libvirtd.network import Link
 
 from qemu_postcopy.images.guest_image import GuestImage
 
@@ -25,12 +26,20 @@ class Hosts:
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, str], Host] = {}
+        self._links: dict[tuple[str, str], Link] = {}
 
     def get(self, stack: str, name: str = "alpha") -> Host:
         key = (stack, name)
         if key not in self._made:
             self._made[key] = Host.start(STACKS[stack](), f"{name}-{stack}")
         return self._made[key]
+
+    def link(self, left: Host, right: Host) -> Link:
+        """The network between two of them."""
+        key = (left.name, right.name)
+        if key not in self._links:
+            self._links[key] = Link.between(left, right)
+        return self._links[key]
 
     def clean(self) -> list[str]:
         """Ends all domains, and says which there were."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,16 @@ def test_a_domain_outlives_its_libvirtd(
     domain.wait_ready()
 
 
+def processes_in_cgroup(name: str) -> list[str]:
+    """PIDs whose cgroup has this in its path."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cgroup"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if name in path.read_text():
+                found.append(path.parent.name)
+    return found
+
+
 @pytest.mark.needs("libvirt")
 def test_a_killed_test_run_leaves_no_daemon_behind() -> None:
     program = f"""
@@ -82,10 +93,25 @@ def test_a_killed_test_run_leaves_no_daemon_behind() -> None:
     run.kill()
     run.wait()
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "its PID 1 has ended", 10)
-    # With PID 1 the kernel ends all others of a PID namespace before it lets go of it.
-    left = [path for path in Path("/proc").glob("[0-9]*/cgroup")
-            if directory in path.read_text()]  # fmt: skip
-    assert left == []
+    # With PID 1 the kernel ends all others of its PID namespace; unshare, outside of it, sees that
+    # its child is gone and follows.
+    wait_until(lambda: not processes_in_cgroup(directory), "the host's processes have ended", 10)
     shutil.rmtree(Path(tempfile.gettempdir(), directory))
     for stale in CGROUPS.glob(f"*/**/qpc-host-{directory}"):
         assert (stale / "cgroup.procs").read_text() == ""
+
+
+@pytest.mark.needs("guest", "libvirt11")
+def test_a_guest_moves_by_virsh_to_a_host_that_is_joined_by_a_network(
+    hosts: Hosts, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    source, target = hosts.get("libvirt11"), hosts.get("libvirt11", "beta")
+    link = hosts.link(source, target)
+    link.limit(64 << 20)
+    domain = start_domain(source, shared_guest, shared_dir)
+    domain.wait_ready()
+    source.virsh("migrate", "--live", "--postcopy", "--postcopy-after-precopy", domain.name,
+                 target.uri)  # fmt: skip
+    assert source.domains() == []
+    assert target.domains() == [domain.name]
+    domain.console.wait_passes(1)
