@@ -182,8 +182,9 @@ def test_faults_are_served_through_a_storm_of_removals(
     assert content == b"".join(guest.image.expected[8:])
     guest.mapper.do("calm", 0)
     removals = guest.mapper.result(storm)
-    guest.wait(lambda s: s.events_remove == removals, "every removal is counted")
     guest.wait_complete()
+    # What was given back to the kernel for a while is removed without an event.
+    assert removals >= guest.statistics.events_remove
     guest.check_content(zero_pages=range(8))
 
 

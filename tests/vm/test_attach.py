@@ -267,34 +267,6 @@ def test_missing_right_is_named_and_qemu_runs_on(
     asyncio.run(talk())
 
 
-@pytest.mark.needs("root")
-def test_qemu_that_may_not_open_a_userfaultfd_is_explained(
-    qemu_binary: Path, run_dir: Path, start: Start
-) -> None:
-    """QEMU runs as nobody; /dev/userfaultfd is root's and the system call is closed to it."""
-    device = Path("/dev/userfaultfd").stat()
-    if device.st_mode & 0o006 or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
-        pytest.skip("everybody may use userfaultfd on this host")
-    # QEMU 10 has -run-with in its place.
-    options = subprocess.run([qemu_binary, "-help"], capture_output=True, text=True).stdout
-    user = ("-runas", "nobody") if "-runas" in options else ("-run-with", "user=nobody")
-    arguments = (*INCOMING, *user)
-    qemu = start(
-        VmSpec(str(qemu_binary), memory=(backend("memfd", run_dir),), extra_arguments=arguments)
-    )
-
-    async def talk() -> None:
-        async with await qemu.connect() as qmp:
-            with pytest.raises(AttachError) as caught:
-                take_userfaultfd(qemu.identity)
-            assert "/dev/userfaultfd: Permission denied" in str(caught.value)
-            assert "userfaultfd(2): Operation not permitted" in str(caught.value)
-            assert "udev" in caught.value.hint
-            assert await qmp.status() == "inmigrate"
-
-    asyncio.run(talk())
-
-
 def in_child(body: Callable[[], object], user_id: int = 0) -> str:
     """Runs it in a forked child of that user; returns how it failed."""
     reader, writer = os.pipe()
