@@ -126,8 +126,9 @@ def _show(result: Any, as_json: bool, text: str) -> None:
 
 
 @commands.command()
-@click.argument("qmp", type=click.Path(path_type=Path))
+@click.argument("qmp", metavar="QMP|DOMAIN")
 @click.argument("image", type=click.Path(path_type=Path))
+@click.option("--connect", metavar="URI", help="Of the libvirt that runs DOMAIN.")
 @click.option(
     "--then",
     type=click.Choice(["as-before", "run", "stop", "quit"]),
@@ -143,10 +144,17 @@ def _show(result: Any, as_json: bool, text: str) -> None:
     "writes faster than the disk never gets there: interrupt, and it runs on unharmed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
-def snapshot(qmp: Path, image: Path, then: str, max_downtime: int | None, as_json: bool) -> None:
+def snapshot(
+    qmp: str,
+    image: Path,
+    connect: str | None,
+    then: str,
+    max_downtime: int | None,
+    as_json: bool,
+) -> None:
     """Save a running guest into the directory IMAGE.
 
-    QMP is the guest's monitor socket.
+    QMP is the guest's monitor socket; with --connect it is a domain's name or UUID.
 
     The guest stops while its memory is written and then goes on as before (a paused one stays
     stopped, in QEMU's state `postmigrate`). Interrupting (Ctrl-C) leaves no image and the guest
@@ -158,6 +166,7 @@ def snapshot(qmp: Path, image: Path, then: str, max_downtime: int | None, as_jso
       qemu-postcopy snapshot /run/vm.qmp vm.qpc
       qemu-postcopy snapshot --max-downtime 300 /run/vm.qmp vm.qpc
       qemu-postcopy snapshot --then quit /run/vm.qmp vm.qpc
+      qemu-postcopy snapshot --connect qemu:///system --then quit web web.qpc
     """
     import asyncio
 
@@ -165,7 +174,9 @@ def snapshot(qmp: Path, image: Path, then: str, max_downtime: int | None, as_jso
     from qemu_postcopy.snapshot import SnapshotOptions
     from qemu_postcopy.snapshot import snapshot as take
 
-    options = SnapshotOptions(qmp=qmp, image=image, then=then, max_downtime_ms=max_downtime)
+    options = SnapshotOptions(
+        qmp=qmp, image=image, then=then, max_downtime_ms=max_downtime, connect=connect
+    )
     with byte_progress("saving") as progress:
         result = asyncio.run(take(options, progress))
     _show(

@@ -15,8 +15,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -54,17 +54,20 @@ class SnapshotOptions:
     """What to save, and how.
 
     Attributes:
-        qmp: the guest's monitor, a UNIX socket (its peer must be QEMU itself).
+        qmp: the guest's monitor, a UNIX socket (its peer must be QEMU itself); or a domain's name
+            or UUID, where ``connect`` is given.
         image: directory to make.
+        connect: URI of the libvirt that runs the domain.
         then: what the guest does afterwards: `as-before`, `run`, `stop` or `quit`.
         max_downtime_ms: copy while the guest runs until stopping it takes no longer; None: stop it
             (almost) at once, which is soonest over.
     """
 
-    qmp: Path
+    qmp: Path | str
     image: Path
     then: str = "as-before"
     max_downtime_ms: int | None = None
+    connect: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ async def snapshot(
         raise UsageError(f"then={options.then!r} is unknown", hint=f"one of {', '.join(THEN)}")
     began = time.monotonic()
     with ImageWriter(options.image) as writer:
-        async with await Qmp.connect(options.qmp) as qmp:
+        async with _reach(options) as (qmp, address, describe):
             before = await qmp.status()
             if before == "postmigrate":
                 # QEMU refuses to migrate from this state (migration/migration.c, migrate_prepare).
@@ -107,9 +110,10 @@ async def snapshot(
                     "and QEMU does not save it from that state",
                     hint="let it run first: cont in its monitor",
                 )
-            described = await _describe(qmp)
+            await _require_pageable(qmp)
+            described = await describe()
             page_sizes = await _lazy_blocks(qmp)
-            with Guard(options.qmp) if before == "running" else nullcontext():
+            with Guard(address) if before == "running" else nullcontext():
                 try:
                     summary = await _save(
                         qmp, writer, list(page_sizes), options.max_downtime_ms, progress
@@ -222,15 +226,32 @@ async def _lazy_blocks(qmp: Monitor) -> dict[str, int]:
     }
 
 
-async def _describe(qmp: Qmp) -> dict[str, Any]:
-    """What the manifest says of the guest, as :meth:`ImageWriter.finish` takes it.
-
-    Raises:
-        MismatchError: its memory cannot be paged, so the image would be of no use.
-    """
+async def _require_pageable(qmp: Monitor) -> None:
+    """MismatchError where the guest's memory cannot be paged: the image would be of no use."""
     reasons = await refusals(qmp)
     if reasons:
         raise MismatchError("this guest cannot be resumed lazily: " + "; ".join(reasons))
+
+
+#: What the manifest says of the guest, as :meth:`ImageWriter.finish` takes it.
+Describe = Callable[[], Awaitable[dict[str, Any]]]
+
+
+@asynccontextmanager
+async def _reach(options: SnapshotOptions) -> AsyncIterator[tuple[Monitor, str, Describe]]:
+    """The guest's monitor, its address for the guard, and what describes the guest."""
+    if options.connect is not None:
+        from qemu_postcopy.libvirt.snapshot import describe_domain, reach_domain
+
+        async with reach_domain(options.connect, str(options.qmp)) as (monitor, address):
+            yield monitor, address, partial(describe_domain, monitor)
+    else:
+        path = Path(options.qmp)
+        async with await Qmp.connect(path) as qmp:
+            yield qmp, str(Path.cwd() / path), partial(_describe, qmp)
+
+
+async def _describe(qmp: Qmp) -> dict[str, Any]:
     with ProcessIdentity.open(qmp.peer_pid()) as identity:
         identity.require_qemu()
         argv = identity.cmdline()

@@ -12,6 +12,8 @@ import io
 import lzma
 import os
 import struct
+import subprocess
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
-from qemu_postcopy.errors import PostcopyError
+from qemu_postcopy.errors import HostError, PostcopyError
 from qemu_postcopy.image.records import fail
 
 MAGIC = b"LibvirtQemudSave"
@@ -27,6 +29,8 @@ PARTIAL_MAGIC = b"LibvirtQemudPart"
 HEADER_BYTES = 92
 #: XML, cookie and 64 KiB of room to edit; the largest real ones are some 100 KiB.
 _DATA_BYTES_MAX = 64 << 20
+#: Formats that Python's own library does not know: these are unpacked by the program of that name.
+TOOLS = ("lzop", "zstd")
 FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
 
 
@@ -90,7 +94,8 @@ def read_save_header(fd: int) -> SaveHeader:
 def open_stream(fd: int, header: SaveHeader) -> Iterator[tuple[int, int]]:
     """The migration stream in a save file.
 
-    Compressed ones come through a pipe from a thread that decompresses; it ends with the context.
+    Compressed ones come through a pipe, from a thread or from the program that libvirt itself uses;
+    either ends with the context.
 
     Yields:
         a descriptor, valid within the context, and its offset for ``StreamReader``.
@@ -103,6 +108,10 @@ def open_stream(fd: int, header: SaveHeader) -> Iterator[tuple[int, int]]:
         yield fd, header.stream_offset_bytes
         return
     os.lseek(fd, header.stream_offset_bytes, os.SEEK_SET)
+    if header.format in TOOLS:
+        with _unpacked_by_tool(fd, header.format) as read_fd:
+            yield read_fd, 0
+        return
     with os.fdopen(os.dup(fd), "rb") as packed:
         unpacked = _unpack(header.format, packed)
         read_fd, write_fd = os.pipe()
@@ -133,10 +142,37 @@ def _unpack(name: str, packed: IO[bytes]) -> io.BufferedIOBase:
         return bz2.BZ2File(packed)
     if name == "xz":
         return lzma.LZMAFile(packed)
-    fail(
-        f"the save file is compressed with {name}, which Python cannot read",
-        "set save_image_format to raw in /etc/libvirt/qemu.conf and save the domain again",
-    )
+    raise AssertionError(name)
+
+
+@contextmanager
+def _unpacked_by_tool(fd: int, name: str) -> Iterator[int]:
+    """Yields the pipe that the tool writes to, which reads ``fd`` from where it stands."""
+    with tempfile.TemporaryFile(prefix="qemu-postcopy-") as said:
+        try:
+            tool = subprocess.Popen([name, "-dc"], stdin=fd, stdout=subprocess.PIPE, stderr=said)
+        except OSError as error:
+            raise HostError(
+                f"the save file is compressed with {name}, which cannot be run here: "
+                f"{error.strerror}",
+                hint=f"install {name}, as where the domain was saved",
+            ) from error
+        assert tool.stdout is not None
+        failure: PostcopyError | OSError | None = None
+        try:
+            yield tool.stdout.fileno()
+        except (PostcopyError, OSError) as error:
+            failure = error
+        finally:
+            tool.stdout.close()
+            # A reader that has had enough ends it by SIGPIPE.
+            status = tool.wait()
+        if failure is not None:
+            if status > 0:
+                said.seek(0)
+                words = said.read(500).decode(errors="replace").strip()
+                fail(f"the {name} data of the save file is damaged: {words}")
+            raise failure
 
 
 def _pump(unpacked: io.BufferedIOBase, write_fd: int, errors: list[Exception]) -> None:

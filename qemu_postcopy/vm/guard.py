@@ -13,7 +13,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -30,18 +29,19 @@ class Guard:
     """Context in which the guest behind a monitor is made to run on if this process dies.
 
     Args:
-        qmp_path: the guest's monitor; the guard connects only when it is needed.
+        monitor: address of the guest's (:func:`qemu_postcopy.vm.monitor.connect`); the guard
+            connects only when it is needed.
     """
 
-    def __init__(self, qmp_path: Path) -> None:
-        self._qmp_path = qmp_path
+    def __init__(self, monitor: str) -> None:
+        self._monitor = monitor
         self._pipe = -1
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         read_end, self._pipe = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(self._qmp_path.resolve())],
+            [sys.executable, "-P", "-m", __name__, self._monitor],
             stdin=read_end,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -65,12 +65,15 @@ class Guard:
         self._process.wait()
 
 
-async def resume(qmp_path: Path) -> None:
+async def resume(monitor: str) -> None:
     """Waits until QEMU is out of its migration, then lets the guest run."""
     from qemu_postcopy.vm.migration import let_run, settled
-    from qemu_postcopy.vm.qmp import Qmp
+    from qemu_postcopy.vm.monitor import connect
 
-    async with await Qmp.connect(qmp_path) as qmp, asyncio.timeout(SETTLE_SECONDS):
+    async with (
+        await connect(monitor, SETTLE_SECONDS) as qmp,
+        asyncio.timeout(SETTLE_SECONDS),
+    ):
         await settled(qmp)
         await let_run(qmp)
 
@@ -80,7 +83,7 @@ def main() -> int:
     if os.read(0, 1) == LEAVE_ALONE:
         return 0
     try:
-        asyncio.run(resume(Path(sys.argv[1])))
+        asyncio.run(resume(sys.argv[1]))
     except (PostcopyError, TimeoutError):
         return 1
     return 0
