@@ -131,6 +131,7 @@ def bench_commands() -> None:
     show_default=True,
     help="Where the page data is put for the time being.",
 )
+@click.option("--trace", is_flag=True, help="Also with every fault recorded, and what that costs.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def faults_command(
     pages: int | None,
@@ -141,6 +142,7 @@ def faults_command(
     memory: str,
     runs: int,
     directory: Path,
+    trace: bool,
     as_json: bool,
 ) -> None:
     """Answer page faults: our pager against a bare C handler, blocking and spinning.
@@ -161,6 +163,7 @@ def faults_command(
         memory=memory,
         runs=runs,
         directory=directory,
+        trace=trace,
         say=say,
     )
     show(bench.run(), as_json)

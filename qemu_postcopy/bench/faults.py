@@ -29,10 +29,12 @@ from qemu_postcopy.paging import registration
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
 from qemu_postcopy.paging.pager import Pager, PagerBlock
 from qemu_postcopy.paging.source import FileSource
+from qemu_postcopy.paging.trace import TraceBlock, TraceWriter
 
 BLOCKING = "bare, blocking"
 SPINNING = "bare, spinning"
 OURS = "pager"
+TRACED = "pager, traced"
 
 WORD_BYTES = 8
 HUGE_PAGE_BYTES = 2 << 20
@@ -72,7 +74,8 @@ class FaultBench:
 
     ``memory`` is "memfd", "anonymous" or "hugetlb" (``pages`` counts its pages, of 4 KiB or 2 MiB);
     ``directory`` gets the file that page data comes from, and should be a tmpfs; ``descriptors`` is
-    the number of equal parts that the memory is cut into, each with its userfaultfd and handler.
+    the number of equal parts that the memory is cut into, each with its userfaultfd and handler;
+    ``trace`` adds the pager with every fault recorded.
     """
 
     pages: int
@@ -83,6 +86,7 @@ class FaultBench:
     runs: int
     directory: Path
     descriptors: int = 1
+    trace: bool = False
     say: Callable[[str], None] = field(default=lambda text: None)
 
     def run(self) -> Report:
@@ -143,6 +147,8 @@ class FaultBench:
             SPINNING: lambda case: stand.bare("spin", case),
             OURS: stand.ours,
         }
+        if self.trace:
+            handlers[TRACED] = lambda case: stand.ours(case, traced=True)
         runs: dict[str, list[Run]] = {name: [] for name in handlers}
         for number in range(self.runs + 1):
             self.say(f"{case}: " + (f"round {number} of {self.runs}" if number else "warming up"))
@@ -162,6 +168,9 @@ class FaultBench:
         for other in (BLOCKING, SPINNING):
             name = f"{case}: {unit}"
             report.ratios.append(Ratio.by_round(name, OURS, other, rates[OURS], rates[other]))
+        if self.trace:
+            name = f"{case}: {unit}"
+            report.ratios.append(Ratio.by_round(name, TRACED, OURS, rates[TRACED], rates[OURS]))
         better = [min(pair) for pair in zip(p99s[BLOCKING], p99s[SPINNING], strict=True)]
         report.ratios.append(
             Ratio.by_round(f"{case}: p99", OURS, "better of the bare ones", p99s[OURS], better)
@@ -218,8 +227,8 @@ class _Stand:
                 handler.kill()
                 handler.wait()
 
-    def ours(self, case: Case) -> Run:
-        """One run with the pager, in threads of this process."""
+    def ours(self, case: Case, *, traced: bool = False) -> Run:
+        """One run with the pager, in threads of this process; traced: each fault recorded."""
         with self.toucher(case) as (toucher, connection), ExitStack() as stack:
             source = FileSource(os.open(self.source, os.O_RDONLY | os.O_CLOEXEC))
             stack.enter_context(source)
@@ -247,6 +256,13 @@ class _Stand:
                 pager = Pager(
                     userfaultfd, [block], ledger, chunk_size=case.chunk_size, background=False
                 )
+                if traced:
+                    place = self.place / f"trace{index}"
+                    parts = [TraceBlock("m0", address, length, page_size)]
+                    trace = TraceWriter.create(place, parts)
+                    stack.callback(place.unlink)
+                    stack.callback(trace.close)
+                    pager.record(trace)
                 pagers.append(stack.enter_context(pager))
                 offset += length
             # A thread begins with the processors of the one that starts it.
