@@ -68,6 +68,10 @@ async def recover(
         record = run.read_record()
         assert record is not None
         _require_recoverable(run, record)
+        if record.attached_by == "handshake":
+            from qemu_postcopy.serve import serve_again
+
+            return await serve_again(run, record, listener, drop_rights=drop_rights)
         options = SessionOptions(
             chunk_size=record.chunk_size or None,
             background=record.background,
@@ -140,11 +144,18 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
             f"{run.name} is {record.state}: it needs no sidecar",
             hint="see: qemu-postcopy status",
         )
+    if record.state == State.LISTENING:
+        raise StateError(
+            f"{run.name} was killed before a VMM had handed its memory over",
+            hint="nothing is lost: serve it again",
+        )
     if record.state == State.NEW and not record.pid:
         record = replace(record, pid=owner_of(run.qmp_socket), start_time=0)
     if not run.guest_alive(record):
         run.update_record(state=str(State.GONE))
         raise GuestEndedError(f"QEMU of {run.name} (PID {record.pid}) has ended", vm=run.name)
+    if record.attached_by == "handshake":
+        return
     if record.state in BEFORE_SERVING:
         _leave_without_guest(record)
         run.update_record(state=str(State.FAILED))
@@ -152,11 +163,6 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
             f"the restore of {run.name} had not come so far as a guest"
             + ("; its QEMU was ended" if record.owned else ""),
             hint="nothing is lost: restore it again",
-        )
-    if record.userfaultfd < 0:
-        raise StateError(
-            f"{run.name} handed its userfaultfd over itself: only its VMM can do so again",
-            hint="end that VMM, and resume it from the same image",
         )
 
 

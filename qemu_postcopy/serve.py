@@ -4,9 +4,8 @@
     -> serve on until the VMM ends, or detach
 
 Firecracker's handshake is spoken (``vm/handshake.py``), so a microVM resumed with an Uffd back-end
-is served by the same pager, ledger, status and control socket as a QEMU.  The VMM has registered
-its memory itself and keeps its descriptor open: if this process dies the guest waits.  One event
-loop; what comes over the socket is not trusted, and the peer's user is checked before it is read.
+is served by the same pager, ledger, status and control socket as a QEMU.  If the process that
+serves dies the guest waits, and another takes over (:func:`serve_again`).  One event loop.
 """
 
 from __future__ import annotations
@@ -16,47 +15,30 @@ import json
 import logging
 import os
 import signal
-import socket
-import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qemu_postcopy.cli import size
-from qemu_postcopy.errors import (
-    GuestEndedError,
-    HandshakeError,
-    HostError,
-    OperationCancelledError,
-    PostcopyError,
-)
-from qemu_postcopy.image.memory_file import MemoryFile, region_name
-from qemu_postcopy.paging import registration
+from qemu_postcopy.errors import GuestEndedError, OperationCancelledError, PostcopyError
+from qemu_postcopy.handover import HandoverSession, regions_of
+from qemu_postcopy.image.memory_file import MemoryFile
+from qemu_postcopy.paging.ledger import Ledger
 from qemu_postcopy.restore import handlers
-from qemu_postcopy.session import Session, SessionOptions, State, StateChange
+from qemu_postcopy.session import SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
-from qemu_postcopy.sidecar.rundir import RunDirectory
-from qemu_postcopy.vm.handshake import HandshakeReader, Region, check_within
-from qemu_postcopy.vm.kernel_faults import require_kernel_faults, require_registered
-from qemu_postcopy.vm.layout import RamBlock
-from qemu_postcopy.vm.process import ProcessIdentity
+from qemu_postcopy.sidecar.rundir import LISTENING, RunDirectory, SessionRecord
+from qemu_postcopy.vm.handshake_socket import take_handshake
+
+if TYPE_CHECKING:
+    from qemu_postcopy.sidecar import process
 
 log = logging.getLogger(__name__)
-
-#: From the connection to the end of the message.
-MESSAGE_SECONDS = 10.0
-READ_BYTES = 1 << 16
-#: More than the one that is right, so that further ones are seen and closed.
-DESCRIPTORS_READ = 16
-UCRED = struct.Struct("3i")
-
-
-class _HungUpError(HandshakeError):
-    """The VMM went away before its message was whole; another may come."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,6 @@ class ServeOptions:
         image: an image's directory, or a raw memory file.
         name: of the run directory; None: the image's file name.
         uid: the VMM's user beside root and ours; the socket is then given to that user.
-        detach: leave when every page with data is there, instead of serving on.
         accept_seconds: how long to wait for the VMM; 0 for ever.
     """
 
@@ -76,191 +57,12 @@ class ServeOptions:
     image: Path
     name: str | None = None
     uid: int | None = None
-    detach: bool = False
     accept_seconds: float = 0.0
-    session: SessionOptions = field(default_factory=SessionOptions)
+    session: SessionOptions = field(default_factory=lambda: SessionOptions(stay=True))
 
     def run_name(self) -> str:
         """The name, or the one that the image suggests."""
         return self.name or self.image.resolve().name.removesuffix(".qpc")
-
-
-@dataclass(frozen=True)
-class Handshake:
-    """A VMM that has handed over: who it is, its regions, and its userfaultfd, which is ours."""
-
-    identity: ProcessIdentity
-    regions: list[Region]
-    userfaultfd: int
-
-
-class HandoverSession(Session):
-    """A session whose descriptor and layout come from the VMM itself."""
-
-    def __init__(
-        self,
-        memory: MemoryFile,
-        handshake: Handshake,
-        run: RunDirectory,
-        options: SessionOptions,
-        listener: Callable[[StateChange], None] | None = None,
-    ) -> None:
-        super().__init__(memory.view(handshake.regions), run, options, listener)
-        self.attached_by = "handshake"
-        self._handshake = handshake
-
-    def take(self) -> None:
-        """Makes the descriptor and the regions the session's own."""
-        self._require(State.FOUND)
-        regions = self._handshake.regions
-        self.identity = self._handshake.identity
-        self._cleanup.callback(self.identity.close)
-        self._userfaultfd = self._handshake.userfaultfd
-        self._cleanup.callback(os.close, self._userfaultfd)
-        os.set_blocking(self._userfaultfd, False)
-        self._layout = [
-            RamBlock(
-                name=region_name(index),
-                backend_id=region_name(index),
-                address=region.address,
-                size_bytes=region.size_bytes,
-                page_size_bytes=region.page_size_bytes,
-                backing="anonymous",
-                shared=False,
-                file_key=None,
-                file_path=None,
-                file_offset_bytes=0,
-            )
-            for index, region in enumerate(regions)
-        ]
-        self._enter(State.FOUND)
-
-    def attach(self) -> None:
-        """Nothing is to be taken: all came with the handshake."""
-        self._enter(State.ATTACHED)
-
-    def _register(self) -> None:
-        """The VMM has negotiated and registered, with the modes that it wants."""
-
-    async def load_device_state(self) -> None:
-        """The VMM loads its own, and may have touched memory already."""
-        self._require(State.LOADED)
-        self._load_begun = True
-        self._enter(State.LOADED)
-
-    async def resume(self) -> None:
-        """The VMM lets its guest run when it likes."""
-        self._enter(State.RUNNING)
-
-    def gone(self) -> None:
-        """The VMM has ended after it had all of its memory."""
-        self._enter(State.GONE)
-
-
-def listen(path: Path, uid: int | None) -> socket.socket:
-    """A stream socket of mode 0600, of that user where one is given.
-
-    Raises:
-        HostError: it cannot be made there, or somebody listens there already.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other, suppress(OSError):
-                other.connect(str(path))
-                raise HostError(f"somebody listens at {path} already", hint="choose another path")
-            path.unlink()
-        # fchmod on an unbound socket sets the mode that bind() gives the file.
-        os.fchmod(listener.fileno(), 0o600)
-        listener.bind(str(path))
-        if uid is not None:
-            os.chown(path, uid, -1)
-        listener.listen(4)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise HostError(
-            f"cannot listen at {path}: {error.strerror or error}",
-            hint="choose another path; a socket's may have 107 bytes",
-        ) from error
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-async def accept(
-    listener: socket.socket, uids: Sequence[int]
-) -> tuple[socket.socket, ProcessIdentity]:
-    """The first peer that belongs to one of these users, and lives."""
-    loop = asyncio.get_running_loop()
-    while True:
-        channel, _ = await loop.sock_accept(listener)
-        credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
-        pid, uid, _ = UCRED.unpack(credentials)
-        if uid in uids:
-            try:
-                return channel, ProcessIdentity.open(pid)
-            except PostcopyError as error:
-                log.warning("a VMM connected and ended: %s", error.message)
-        else:
-            log.warning("process %d of user %d is not to be served: see --uid", pid, uid)
-        channel.close()
-
-
-async def read_handshake(channel: socket.socket) -> tuple[list[Region], int]:
-    """The regions, and the userfaultfd, which is the caller's.
-
-    Raises:
-        HandshakeError: no whole message within MESSAGE_SECONDS, one that makes no sense, or with
-            another descriptor than one userfaultfd.
-    """
-    channel.setblocking(False)
-    reader = HandshakeReader()
-    received: list[int] = []
-    try:
-        async with asyncio.timeout(MESSAGE_SECONDS):
-            whole = False
-            while not whole:
-                await _readable(channel)
-                try:
-                    data, descriptors, flags, _ = socket.recv_fds(
-                        channel, READ_BYTES, DESCRIPTORS_READ, socket.MSG_CMSG_CLOEXEC
-                    )
-                except BlockingIOError:
-                    continue
-                except ConnectionError:
-                    data, descriptors, flags = b"", [], 0
-                received += descriptors
-                try:
-                    whole = reader.feed(data, len(descriptors), flags)
-                except HandshakeError as error:
-                    raise error if data else _HungUpError(error.message, hint=error.hint) from error
-        regions = reader.regions()
-        if not registration.is_userfaultfd(received[0]):
-            raise HandshakeError(
-                "the handshake came with another descriptor than a userfaultfd",
-                hint="the VMM must send the userfaultfd that it has registered its memory with",
-            )
-        return regions, received.pop()
-    except TimeoutError as error:
-        raise HandshakeError(
-            f"the VMM has connected and not sent a whole handshake in {MESSAGE_SECONDS:g} s",
-            hint="look at the VMM: its guest cannot run without one",
-        ) from error
-    finally:
-        for descriptor in received:
-            os.close(descriptor)
-
-
-async def _readable(channel: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(channel, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(channel)
 
 
 async def serve(
@@ -268,11 +70,12 @@ async def serve(
     run: RunDirectory,
     listener: Callable[[StateChange], None] | None = None,
     listening: Callable[[], None] | None = None,
-) -> Session:
+) -> HandoverSession:
     """Serves one VMM to its end, or until it has all of its memory and is left.
 
     SIGTERM and SIGINT end the wait for a VMM; once there is one, its memory is filled at full
-    speed, and it is left when all of it is there.
+    speed, and it is left when all of it is there.  Only for a process with a single thread: a
+    keeper is forked (``sidecar/keeper.py``).
 
     Args:
         listener: called at each change of state.
@@ -288,75 +91,102 @@ async def serve(
     """
     memory = MemoryFile.open(options.image)
     ending = _Ending()
+
+    def told() -> None:
+        run.write_record(
+            SessionRecord(
+                image=str(options.image.absolute()),
+                state=LISTENING,
+                sidecar_pid=os.getpid(),
+                attached_by="handshake",
+            )
+        )
+        if listening is not None:
+            listening()
+
     with ending.on_signals():
-        handshake = await _take_handshake(options, memory, listening)
-        session = HandoverSession(memory, handshake, run, options.session, listener)
-        control = ControlServer(run.control_socket, handlers(session))
-        try:
-            session.take()
+        handshake = await take_handshake(
+            options.handshake, memory, options.uid, options.accept_seconds, told
+        )
+        session = HandoverSession(memory, handshake.regions, run, options.session, listener)
+        async with _serving(session, ending):
+            session.take(handshake)
             session.attach()
             session.serve()
             await session.load_device_state()
             await session.resume()
-            ending.session = session
-            await _serve_on(options, session, control, ending.asked)
-            return session
-        finally:
-            await control.close()
-            await session.close()
-            run.release()
+        return session
 
 
-async def _take_handshake(
-    options: ServeOptions, memory: MemoryFile, listening: Callable[[], None] | None
-) -> Handshake:
-    """What the first VMM sent that sent a whole handshake, checked against the memory file."""
-    uids = [0, os.geteuid(), *([] if options.uid is None else [options.uid])]
-    listener = listen(options.handshake, options.uid)
+async def serve_again(
+    run: RunDirectory,
+    record: SessionRecord,
+    listener: Callable[[StateChange], None] | None = None,
+    *,
+    drop_rights: bool = False,
+) -> HandoverSession:
+    """Takes over from a server that has died; the run directory's lock is the caller's.
+
+    Raises:
+        PostcopyError: it cannot be taken over now; the VMM waits on, nothing is lost.
+        GuestEndedError: the VMM ended.
+    """
+    memory = MemoryFile.open(Path(record.image))
+    options = SessionOptions(
+        chunk_size=record.chunk_size or None,
+        background=record.background,
+        background_rate=record.background_rate,
+        working_set=False,
+        stay=record.stay,
+        drop_rights=drop_rights,
+    )
+    session = HandoverSession(memory, regions_of(record), run, options, listener)
+    # A server that was killed has left its socket behind; the lock says that it is gone.
+    run.control_socket.unlink(missing_ok=True)
+    ending = _Ending()
+    with ending.on_signals():
+        async with _serving(session, ending):
+            if record.state == State.ATTACHED and not _has_ledger(run):
+                session.take_again(record)
+                session.attach()
+                session.serve()
+            else:
+                session.take_over(record)
+            await session.settle(record)
+        return session
+
+
+def _has_ledger(run: RunDirectory) -> bool:
+    """Whether one was begun: then a pager may have run, though session.json does not say so."""
     try:
-        if listening is not None:
-            listening()
-        while True:
-            try:
-                async with asyncio.timeout(options.accept_seconds or None):
-                    channel, identity = await accept(listener, uids)
-            except TimeoutError as error:
-                raise OperationCancelledError(
-                    f"no VMM has connected in {options.accept_seconds:g} s"
-                ) from error
-            try:
-                with channel:
-                    regions, descriptor = await read_handshake(channel)
-                try:
-                    check_within(regions, memory.pieces)
-                    require_registered(identity, ((r.address, r.size_bytes) for r in regions))
-                    require_kernel_faults(identity, descriptor, _samples(regions))
-                except PostcopyError:
-                    os.close(descriptor)
-                    raise
-                return Handshake(identity, regions, descriptor)
-            except _HungUpError as error:
-                log.warning("%s; waiting for another", error.message)
-                identity.close()
-            except BaseException:
-                identity.close()
-                raise
+        ledger = Ledger.open(run.ledger)
+    except PostcopyError:
+        return False
+    try:
+        ledger.require_sound()
+    except PostcopyError:
+        return False
     finally:
-        listener.close()
-        options.handshake.unlink(missing_ok=True)
+        ledger.close()
+    return True
 
 
-def _samples(regions: Sequence[Region]) -> Iterator[int]:
-    """Addresses of pages, spread over all regions; a VMM that has touched some has not touched
-    most."""
-    for numerator in (1, 3, 5, 7):
-        for region in regions:
-            pages = region.size_bytes // region.page_size_bytes
-            yield region.address + pages * numerator // 8 * region.page_size_bytes
+@asynccontextmanager
+async def _serving(session: HandoverSession, ending: _Ending) -> AsyncIterator[None]:
+    """After the body has made the session serve: to the VMM's end, or until it is left."""
+    control = ControlServer(session.run.control_socket, handlers(session))
+    try:
+        yield
+        ending.session = session
+        await _serve_on(session, control, ending.asked)
+    finally:
+        await control.close()
+        await session.close()
+        session.run.release()
 
 
 async def _serve_on(
-    options: ServeOptions, session: HandoverSession, control: ControlServer, ending: asyncio.Event
+    session: HandoverSession, control: ControlServer, ending: asyncio.Event
 ) -> None:
     """From the first fault on; whatever goes wrong beside the pager, the guest is served."""
     try:
@@ -365,12 +195,13 @@ async def _serve_on(
         await session.wait_complete()
     except GuestEndedError as error:
         raise GuestEndedError("the VMM ended while it was served", vm=error.vm) from None
-    except Exception:
+    except Exception as error:
         log.exception("the control plane failed; the guest is served on without it")
+        session.tell_failure(error)
         session.start_background()
         await session.wait_gone()
         raise GuestEndedError("the VMM ended while it was served", vm=session.run.name) from None
-    if not options.detach:
+    if session.options.stay:
         # Its balloon may still give memory back, and wait for us to hear of it.
         waits = [asyncio.ensure_future(session.wait_gone()), asyncio.ensure_future(ending.wait())]
         try:
@@ -461,6 +292,19 @@ class _Ending:
     metavar="N",
     help="Give up if no VMM connects in this time; 0: never.",
 )
+@click.option(
+    "--wait",
+    type=click.Choice(["listening", "running", "complete"]),
+    default="listening",
+    show_default=True,
+    help="Return when a VMM may connect, when one is served, or when it has all of its memory.",
+)
+@click.option("--foreground", is_flag=True, help="Serve in this process; return when it is over.")
+@click.option(
+    "--supervise",
+    is_flag=True,
+    help="Start a second process that has another server take over if this one dies.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 def serve_command(
     handshake: Path,
@@ -472,13 +316,19 @@ def serve_command(
     rate: int,
     detach: bool,
     accept_seconds: float,
+    wait: str,
+    foreground: bool,
+    supervise: bool,
     as_json: bool,
 ) -> None:
     """Page the memory of a VMM that hands over its own userfaultfd.
 
-    Waits at SOCKET for one VMM that speaks Firecracker's handshake, serves it from IMAGE, and
-    ends with it (or, with --detach, when all of its memory is there). Stays in the foreground; says
-    "listening" when a VMM may connect.
+    Returns as soon as a VMM can connect to SOCKET; a server in the background waits there for one
+    that speaks Firecracker's handshake, serves it from IMAGE, and ends with it (or, with --detach,
+    when all of its memory is there). `status`, `fill`, `recover` and `supervise` work for it as for
+    a restored guest: if the server dies the VMM's guest waits, and another takes over.
+
+    SOCKET must be inside the VMM's jail, where it has one.
 
     \b
     Examples:
@@ -487,35 +337,104 @@ def serve_command(
       curl --unix-socket fc.sock -X PUT http://localhost/snapshot/load -d '{"snapshot_path": "vm",
         "mem_backend": {"backend_type": "Uffd", "backend_path": "uffd.sock"}, "resume_vm": true}'
     """
+    from qemu_postcopy.sidecar import process, supervisor
+
     options = ServeOptions(
-        handshake=handshake,
-        image=image,
+        handshake=handshake.absolute(),
+        image=image.absolute(),
         name=name,
         uid=uid,
-        detach=detach,
         accept_seconds=accept_seconds,
         session=SessionOptions(
-            chunk_size=chunk, background=background, background_rate=rate, drop_rights=True
+            chunk_size=chunk,
+            background=background,
+            background_rate=rate,
+            stay=not detach,
+            working_set=False,
+            drop_rights=True,
         ),
     )
 
     def say(event: str, **details: Any) -> None:
-        line = json.dumps({"event": event, **details}) if as_json else event
-        click.echo(line)
+        click.echo(json.dumps({"event": event, **details}) if as_json else event)
 
     run = RunDirectory.create(options.run_name())
+    try:
+        if foreground:
+            if supervise:
+                supervisor.start(run)
+            _in_foreground(options, run, say)
+        else:
+            sidecar = process.spawn(serving(options, run), run)
+            if supervise:
+                supervisor.start(run)
+            _follow(sidecar, wait, say, options, run)
+    except BaseException:
+        run.discard_unused()
+        raise
+
+
+def serving(options: ServeOptions, run: RunDirectory) -> process.Job:
+    """The job of a server in the background."""
+
+    def job(listener: Callable[[StateChange], None]) -> Coroutine[Any, Any, HandoverSession]:
+        def listening() -> None:
+            listener(StateChange(State.LISTENING, 0.0))
+
+        return serve(options, run, listener, listening)
+
+    return job
+
+
+def _in_foreground(options: ServeOptions, run: RunDirectory, say: Callable[..., None]) -> None:
     try:
         asyncio.run(
             serve(
                 options,
                 run,
                 lambda change: say(str(change.state), elapsed=change.elapsed),
-                lambda: say("listening", socket=str(handshake), run_directory=str(run.path)),
+                lambda: say(
+                    "listening", socket=str(options.handshake), run_directory=str(run.path)
+                ),
             )
         )
     except asyncio.CancelledError:
         raise OperationCancelledError("interrupted before a VMM was served") from None
     except GuestEndedError:
         pass  # told as a state; no error where the guest was shut down
-    finally:
-        run.discard_unused()
+
+
+def _follow(
+    sidecar: process.Sidecar,
+    goal: str,
+    say: Callable[..., None],
+    options: ServeOptions,
+    run: RunDirectory,
+) -> None:
+    """Until what is waited for has come."""
+    try:
+        for event in sidecar.events():
+            state = event.get("state", "")
+            if event["event"] != "state":
+                continue
+            if state == LISTENING:
+                say(
+                    state,
+                    socket=str(options.handshake),
+                    run_directory=str(run.path),
+                    name=run.name,
+                    sidecar_pid=sidecar.pid,
+                )
+            else:
+                say(state, elapsed=event["elapsed"])
+            if state == goal:
+                return
+    except KeyboardInterrupt:
+        # It leads a session of its own, so the terminal's interrupt did not reach it.
+        if run.read_record(missing_ok=True) is None:
+            os.kill(sidecar.pid, signal.SIGTERM)
+            raise
+        click.echo(
+            f"{run.name} is served on by PID {sidecar.pid}; see: qemu-postcopy status", err=True
+        )
+        sys.exit(130)

@@ -61,6 +61,7 @@ class State(StrEnum):
     """Where a session stands."""
 
     NEW = "new"
+    LISTENING = "listening"  # of `serve`: no VMM has handed over yet, so there is no session either
     FOUND = "found"  # QEMU waits for a migration, its monitor answers, it fits the image
     ATTACHED = "attached"  # its userfaultfd is ours, its RAM is known and empty
     SERVING = "serving"  # RAM is registered, the pager answers
@@ -74,7 +75,8 @@ class State(StrEnum):
 
 #: From which states each state can be entered.
 ENTRANCES: dict[State, frozenset[State]] = {
-    State.FOUND: frozenset({State.NEW}),
+    State.LISTENING: frozenset({State.NEW}),
+    State.FOUND: frozenset({State.NEW, State.LISTENING}),
     State.ATTACHED: frozenset({State.FOUND}),
     State.SERVING: frozenset({State.ATTACHED, State.NEW}),  # NEW: taken over from a dead sidecar
     State.LOADED: frozenset({State.SERVING}),
@@ -119,6 +121,8 @@ class SessionOptions:
     trace: Path | None = None
     #: the guest stays stopped after its state is loaded (kept for whoever takes over)
     paused: bool = False
+    #: serve on when all memory is there, until the guest ends: it may still give memory back
+    stay: bool = False
     #: page data fails as this says
     chaos: ChaosSchedule | None = None
 
@@ -376,7 +380,7 @@ class Session:
         """
         from qemu_postcopy.paging import registration
         from qemu_postcopy.paging.ledger import Ledger
-        from qemu_postcopy.vm.attach import drop_ptrace_rights, take_left_userfaultfd
+        from qemu_postcopy.vm.attach import drop_ptrace_rights
         from qemu_postcopy.vm.layout import RamBlock
         from qemu_postcopy.vm.presence import note_arrived
         from qemu_postcopy.vm.process import ProcessIdentity
@@ -396,7 +400,7 @@ class Session:
             RamBlock(**{**block, "file_key": tuple(block["file_key"] or ()) or None})
             for block in record.blocks
         ]
-        self._keep_userfaultfd(take_left_userfaultfd(self.identity, record.userfaultfd))
+        self._keep_userfaultfd(self._take_left(self.identity, record))
         self._ledger = Ledger.open(self.run.ledger)
         self._cleanup.callback(self._ledger.close)
         self._ledger.require_sound()
@@ -770,6 +774,7 @@ class Session:
                 qmp=self._monitor,
                 presumed=self._presumed,
                 paused=options.paused,
+                stay=options.stay,
                 background=options.background,
                 background_rate=options.background_rate,
                 blocks=[asdict(block) for block in self._layout],
@@ -932,6 +937,12 @@ class Session:
 
         assert self.identity is not None
         self._keep_userfaultfd(take_userfaultfd(self.identity))
+
+    def _take_left(self, identity: ProcessIdentity, record: SessionRecord) -> TakenDescriptor:
+        """The descriptor that a dead sidecar has left where it lives on."""
+        from qemu_postcopy.vm.attach import take_left_userfaultfd
+
+        return take_left_userfaultfd(identity, record.userfaultfd)
 
     def _keep_userfaultfd(self, taken: TakenDescriptor) -> None:
         self._userfaultfd = taken.descriptor

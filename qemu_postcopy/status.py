@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qemu_postcopy.errors import PostcopyError, SidecarError
 from qemu_postcopy.sidecar.control import ANSWER_TIMEOUT, ask
-from qemu_postcopy.sidecar.rundir import RunDirectory, boot_id, list_directories
+from qemu_postcopy.sidecar.rundir import LISTENING, RunDirectory, boot_id, list_directories
 
 WATCH_SECONDS = 0.5
 ASKED_AT_ONCE = 16
@@ -74,14 +74,20 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
     }
     if record.boot_id and record.boot_id != boot_id():
         return {**entry, "state": "ended", "trouble": "the host was started again since"}
+    if record.state == LISTENING:
+        if directory.is_served():
+            return entry
+        trouble = "it was killed before a VMM had come: serve it again"
+        return {**entry, "state": "ended", "trouble": trouble}
     if not directory.guest_alive(record):
         return {**entry, "state": "ended" if record.pid else record.state}
-    if record.state in UNBORN and not directory.is_served():
+    handed_over = record.attached_by == "handshake"  # then there is a guest from the first
+    if record.state in UNBORN and not handed_over and not directory.is_served():
         trouble = (
             f"its restore died before there was a guest: qemu-postcopy recover {entry['name']}"
         )
         return {**entry, "state": "waiting", "trouble": trouble}
-    if record.state not in DEPENDENT:
+    if record.state not in DEPENDENT and not (handed_over and record.state in UNBORN):
         return entry
     try:
         answer = ask(directory.control_socket, "status", timeout=timeout)

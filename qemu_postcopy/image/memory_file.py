@@ -81,6 +81,13 @@ class MemoryFile:
                 hint="look at its permissions",
             ) from error
 
+    def key(self) -> str:
+        """Which file it is: another one, or one that was written to since, has another key."""
+        if self._image is not None:
+            return self._image.manifest.state.sha256
+        status = self.path.stat()
+        return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
     def view(self, regions: Sequence[Region]) -> RegionImage:
         """The regions as the blocks of an image, named by :func:`region_name`."""
         blocks = [
@@ -116,7 +123,7 @@ class RegionImage(Image):
             architecture=os.uname().machine,
             target_page_size_bytes=4096,
             chunk_size_bytes=DEFAULT_CHUNK_BYTES,
-            state=StateFile(STATE_FILE, 0, ""),
+            state=StateFile(STATE_FILE, 0, memory.key()),
             blocks=blocks,
             provenance=Provenance("", "", str(memory.path)),
         )

@@ -26,6 +26,8 @@ from qemu_postcopy.errors import (
     UsageError,
 )
 
+#: Recorded while a VMM is waited for: there is no guest yet, and no session.
+LISTENING = "listening"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
 
@@ -79,6 +81,8 @@ class SessionRecord:
     presumed: bool = False
     #: whether the guest was to stay stopped after its state was loaded
     paused: bool = False
+    #: whether it is served on when it has all of its memory, until it ends
+    stay: bool = False
     background: bool = True
     background_rate: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)
@@ -115,6 +119,11 @@ class RunDirectory:
     def control_socket(self) -> Path:
         """The sidecar's."""
         return self.path / "control.sock"
+
+    @property
+    def keeper_socket(self) -> Path:
+        """That of whoever keeps the descriptor of a VMM that is no QEMU; see :mod:`.keeper`."""
+        return self.path / "keeper.sock"
 
     @property
     def ledger(self) -> Path:
@@ -227,8 +236,9 @@ class RunDirectory:
             self._lock = -1
 
     def discard_unused(self) -> None:
-        """Removes a directory in which nothing was restored."""
-        if self.read_record(missing_ok=True) is None:
+        """Removes a directory in which nothing was restored, or a VMM was waited for in vain."""
+        record = self.read_record(missing_ok=True)
+        if record is None or record.state == LISTENING:
             shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod

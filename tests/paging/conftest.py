@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paging.handed_over import compile_vmm, make_memory_file
 from paging.mapper_process import compile_mapper
 from paging.served_guest import ServedGuest
 
@@ -18,6 +19,18 @@ HUGE_PAGE_BYTES = 2 << 20
 def mapper_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """mapper.c, compiled once."""
     return compile_mapper(tmp_path_factory.mktemp("mapper"))
+
+
+@pytest.fixture(scope="session")
+def memory_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What serves a VMM of vmm.c."""
+    return make_memory_file(tmp_path_factory.mktemp("memory") / "mem")
+
+
+@pytest.fixture(scope="session")
+def vmm_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vmm.c, compiled once."""
+    return compile_vmm(tmp_path_factory.mktemp("vmm"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import json
 import os
@@ -18,104 +17,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from paging.handed_over import MIB, PAGE, SECONDS, SIZE_MIB, Vmm
 
-from qemu_postcopy import serve
 from qemu_postcopy._native import check, lib, new_error
 from qemu_postcopy.errors import HandshakeError, ImageError
 from qemu_postcopy.image.manifest import Block, Manifest, Provenance, StateFile
 from qemu_postcopy.image.memory_file import MemoryFile
 from qemu_postcopy.region import Region
 from qemu_postcopy.userfaultfd import Mode, Userfaultfd
+from qemu_postcopy.vm import handshake_socket
 from qemu_postcopy.vm.kernel_faults import require_kernel_faults
 from qemu_postcopy.vm.process import ProcessIdentity
 
 pytestmark = [pytest.mark.needs("uffd", "cc"), pytest.mark.timeout(120)]
 
-HERE = Path(__file__).parent
-MIB = 1 << 20
-PAGE = 4096
-SIZE_MIB = 16
-SECONDS = 30.0
 NOBODY = 65534
-MASK = (1 << 64) - 1
 REFUSED = 6
-
-
-def memory_bytes(size: int) -> bytes:
-    """What vmm.c expects: a word that depends on its offset, and each tenth page zero."""
-    words = array.array("Q")
-    for page in range(size // PAGE):
-        begin = page * PAGE
-        words.extend(
-            0 if page % 10 == 3 else (o + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & MASK
-            for o in range(begin, begin + PAGE, 8)
-        )
-    return words.tobytes()
-
-
-@pytest.fixture(scope="module")
-def memory_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw memory file with holes."""
-    path = tmp_path_factory.mktemp("memory") / "mem"
-    data = memory_bytes(SIZE_MIB * MIB)
-    with path.open("wb") as file:
-        file.truncate(len(data))
-        for page in range(len(data) // PAGE):
-            if page % 10 != 3:
-                file.seek(page * PAGE)
-                file.write(data[page * PAGE : (page + 1) * PAGE])
-    return path
-
-
-@pytest.fixture(scope="module")
-def vmm_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    binary = tmp_path_factory.mktemp("vmm") / "vmm"
-    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run(["cc", *flags, HERE / "vmm.c", "-o", binary], check=True)
-    return binary
-
-
-class Vmm:
-    """vmm.c: resumes by the handshake and does what it is told."""
-
-    def __init__(self, binary: Path, path: Path, page_bytes: int = PAGE, *how: str) -> None:
-        self.process = subprocess.Popen(
-            [binary, path, str(SIZE_MIB), str(page_bytes), *how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "handed over\n"
-
-    def tell(self, *words: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(" ".join(map(str, words)) + "\n")
-        self.process.stdin.flush()
-
-    def do(self, *words: object) -> int:
-        """A command's answer."""
-        self.tell(*words)
-        assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
-
-    def registered(self) -> int:
-        """Mappings under a userfaultfd (proc(5): VmFlags um)."""
-        text = Path(f"/proc/{self.process.pid}/smaps").read_text()
-        return sum("um" in line.split() for line in text.splitlines() if line.startswith("VmFlags"))
-
-    def end(self) -> None:
-        """Of its own will."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        assert self.process.wait(SECONDS) == 0
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
 
 
 class Server:
@@ -123,7 +40,17 @@ class Server:
 
     def __init__(self, directory: Path, image: Path, *options: object) -> None:
         self.path = directory / "uffd.sock"
-        arguments = ["serve", "--json", "--name", "vm", "--handshake", self.path, "--image", image]
+        arguments = [
+            "serve",
+            "--foreground",
+            "--json",
+            "--name",
+            "vm",
+            "--handshake",
+            self.path,
+            "--image",
+            image,
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "qemu_postcopy", *map(str, [*arguments, *options])],
             env={**os.environ, "QEMU_POSTCOPY_RUN_DIR": str(directory / "run")},
@@ -456,18 +383,18 @@ def test_a_hostile_handshake_is_refused_and_leaves_no_descriptor(name: str) -> N
     sender.start()
     try:
         with ours, pytest.raises(HandshakeError, match=words):
-            asyncio.run(serve.read_handshake(ours))
+            asyncio.run(handshake_socket.read_handshake(ours))
     finally:
         sender.join(SECONDS)
     assert descriptors() == before
 
 
 def test_a_handshake_that_stays_away_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "MESSAGE_SECONDS", 0.05)
+    monkeypatch.setattr(handshake_socket, "MESSAGE_SECONDS", 0.05)
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(HandshakeError, match="not sent a whole handshake"):
         theirs.send(b"[")
-        asyncio.run(serve.read_handshake(ours))
+        asyncio.run(handshake_socket.read_handshake(ours))
 
 
 def test_a_memory_file_is_a_file_with_something_in_it(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
  * A VMM that resumes a snapshot as Firecracker does with an Uffd back-end: anonymous memory in two
  * regions, registered with its own userfaultfd, both handed over by one JSON message on a stream
  * socket that is closed afterwards. It then does what its standard input says, a line each, and
- * answers each with a line.
+ * answers each with a line. With `close` it keeps no copy of the descriptor; Firecracker does.
  *
- *   vmm SOCKET SIZE_MIB PAGE_BYTES [user-mode-only | unregistered]
+ *   vmm SOCKET SIZE_MIB PAGE_BYTES [user-mode-only | unregistered | close]
  *
  *   verify               every word of memory, from four threads: how many are wrong
  *   remove FIRST COUNT   gives 4 KiB pages back, as a balloon does (MADV_DONTNEED)
@@ -176,6 +176,8 @@ int main(int argc, char **argv)
             die("UFFDIO_REGISTER");
     }
     hand_over(argv[1], uffd, page_size);
+    if (argc > 4 && !strcmp(argv[4], "close"))
+        close(uffd);
     puts("handed over");
     fflush(stdout);
     while (fgets(line, sizeof(line), stdin)) {
