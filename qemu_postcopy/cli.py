@@ -466,19 +466,29 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
 
 @commands.command()
 @click.argument("names", nargs=-1, metavar="NAME...")
-@click.option("--all", "everyone", is_flag=True, help="Every guest of yours that waits.")
+@click.option(
+    "--all", "everyone", is_flag=True, help="Every guest of yours that waits for a sidecar."
+)
 @click.option("--foreground", is_flag=True, help="Serve in this process; return when complete.")
-@click.option("--supervise", is_flag=True, help="As with restore.")
+@click.option(
+    "--supervise",
+    is_flag=True,
+    help="Start a second process that has another sidecar take over if the new one dies.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
 def recover(
     names: tuple[str, ...], everyone: bool, foreground: bool, supervise: bool, as_json: bool
 ) -> None:
     """Serve guests on whose sidecar has died.
 
-    A guest whose sidecar was killed waits for its memory and loses nothing. A new sidecar takes the
-    descriptor that QEMU still holds, and the ledger in the run directory, and serves on. Where the
-    restore had not come so far as a guest, a QEMU of ours is ended, and one of somebody else left
-    as it was found.
+    `status` shows such a guest as `waiting`: it stands still at the next page that is missing, and
+    loses nothing. A new sidecar goes on from what is in the guest's run directory and in QEMU, with
+    the options of the old one, but for --chaos. Works for restore, attach and serve. If it fails
+    the guest waits on: mend what the error says, and try again.
+
+    Exit status 10: a sidecar lives, or none is needed; or the restore had not come so far as a
+    guest, and is to be begun anew (its QEMU was ended; one of somebody else is left as it was
+    found). 13: QEMU has ended.
 
     \b
     Examples:
@@ -541,14 +551,19 @@ def recover(
 @commands.command()
 @click.argument("name")
 def supervise(name: str) -> None:
-    """Watch over a guest's sidecar until the guest needs none.
+    """Watch over the sidecar of the guest NAME until the guest needs none.
 
-    Whenever the sidecar dies, another takes over. Returns when the guest has all of its memory, or
-    has ended. For a service manager: see qemu-postcopy-supervise@.service.
+    Whenever the sidecar dies, another takes over, as by `recover`. Where that fails it is tried
+    again after 0.1 s to 30 s, and `status` says why. Stays in the foreground; returns when the
+    guest has all of its memory, or has ended. To stop it harms nobody: the sidecar serves on.
+
+    `restore --supervise` starts the same in the background. For systemd there is a unit:
+    share/qemu-postcopy/qemu-postcopy-supervise@.service where the package is installed.
 
     \b
-    Example:
+    Examples:
       qemu-postcopy supervise vm
+      systemctl start qemu-postcopy-supervise@vm
     """
     from qemu_postcopy.sidecar import supervisor
     from qemu_postcopy.sidecar.rundir import RunDirectory
@@ -603,16 +618,19 @@ def fill(name: str, rate: int, off: bool) -> None:
 
 @commands.command()
 @click.argument("name")
-@click.option("--off", "what", flag_value="off", help="No more failures.")
-@click.option("--on", "what", flag_value="on", help="Failures again.")
-@click.option("--release", "what", flag_value="release", help="Reads that stall go on.")
+@click.option("--off", "what", flag_value="off", help="No more failures from now on.")
+@click.option("--on", "what", flag_value="on", help="Failures again, as the schedule goes on.")
+@click.option(
+    "--release", "what", flag_value="release", help="Let the reads go on that stall `until told`."
+)
 def chaos(name: str, what: str | None) -> None:
-    """Tell the guest NAME's chaos run to go on, to pause or to end.
+    """Steer the failures of a guest that was restored or attached with --chaos FILE.
 
-    The guest was restored or attached with --chaos.
+    What FILE may say is in the manual page, section CHAOS; what was done so far, in `status`.
 
     \b
     Examples:
+      qemu-postcopy restore --chaos chaos.toml vm.qpc
       qemu-postcopy chaos vm --release
       qemu-postcopy chaos vm --off
     """

@@ -284,7 +284,7 @@ class _Ending:
     metavar="SIZE",
     help="Limit of that, bytes per second; 0: none.",
 )
-@click.option("--detach", is_flag=True, help="Leave when all memory is there.")
+@click.option("--detach", is_flag=True, help="End when all memory is there, not with the VMM.")
 @click.option(
     "--accept-seconds",
     type=click.FloatRange(0),
@@ -355,8 +355,8 @@ def serve_command(
         ),
     )
 
-    def say(event: str, **details: Any) -> None:
-        click.echo(json.dumps({"event": event, **details}) if as_json else event)
+    def say(event: str, text: str = "", **details: Any) -> None:
+        click.echo(json.dumps({"event": event, **details}) if as_json else text or event)
 
     run = RunDirectory.create(options.run_name())
     try:
@@ -420,6 +420,7 @@ def _follow(
             if state == LISTENING:
                 say(
                     state,
+                    f"{run.name}: a VMM can connect to {options.handshake} (PID {sidecar.pid})",
                     socket=str(options.handshake),
                     run_directory=str(run.path),
                     name=run.name,
