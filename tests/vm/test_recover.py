@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
 import subprocess
@@ -24,6 +22,7 @@ from vm.guests import (
     status_of,
     wait_until,
 )
+from vm.kills import SEED, SOAK_KILLS, kill_one_that_takes_over, needs_none, report, take_over
 
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.recover import owner_of
@@ -32,26 +31,17 @@ from qemu_postcopy.vm.process import ProcessIdentity
 
 pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
 
-#: Seed of the moments at which sidecars are killed; another one by QPC_SEED.
-SEED = int(os.environ.get("QPC_SEED", "1"))
 KILLS = 12
-SOAK_KILLS = int(os.environ.get("QPC_KILLS", "1000"))
+#: A take-over needs some 0.1 s from its command to serving.
 LONGEST_LIFE_SECONDS = 0.15
+#: At most; the guest meets fewer missing pages from life to life.
+KILLS_OF_A_GUEST = 50
 
 
 def kill_sidecar(guest: Guest) -> None:
     assert guest.sidecar is not None
     send(guest.sidecar, signal.SIGKILL)
     guest.wait_sidecar_gone()
-
-
-def recover(guest: Guest, *options: str) -> float:
-    """Has another sidecar take over; returns how long that took, as the command says."""
-    (said,) = json.loads(cli("recover", guest.name, "--json", *options).stdout)
-    guest.sidecar = ProcessIdentity.open(said["sidecar_pid"])
-    seconds = said["seconds"]["serving"]
-    assert isinstance(seconds, float)
-    return seconds
 
 
 def wait_detached(name: str) -> None:
@@ -67,7 +57,7 @@ def test_guest_whose_sidecar_was_killed_goes_on_intact(
     kill_sidecar(guest)
     wait_until(guest.console.stands_still, "the guest meets a page that is missing")
     assert "recover" in guest.status()["trouble"]
-    print(f"served again after {1000 * recover(guest):.1f} ms")
+    print(f"served again after {1000 * take_over(guest):.1f} ms")
     guest.console.wait_passes(2)
     assert guest.status()["state"] == "running"
     cli("fill", guest.name)
@@ -80,43 +70,44 @@ def test_guest_whose_sidecar_was_killed_goes_on_intact(
 def kill_again_and_again(
     lab: Lab, snapshot: Snapshot, kills: int, chance: random.Random
 ) -> list[float]:
-    """Kills and recovers until so many sidecars were killed; guests are restored anew as needed."""
+    """Kills and recovers until so many sidecars were killed; guests are restored anew as needed.
+
+    Half of them are killed while they take over.
+    """
     took: list[float] = []
-    number = 0
-    while len(took) < kills:
+    done = number = 0
+    while done < kills:
         guest = lab.restore(snapshot, "--rate", "4M", "--chunk", "4K", name=f"g{number}")
         number += 1
-        for _ in range(50):
+        here = 0
+        while done < kills and here < KILLS_OF_A_GUEST:
             time.sleep(chance.uniform(0, LONGEST_LIFE_SECONDS))
-            assert guest.sidecar is not None
-            if not guest.sidecar.is_alive():
-                break
             kill_sidecar(guest)
-            took.append(recover(guest))
-            if len(took) == kills:
+            if needs_none(guest):
                 break
+            done += 1
+            here += 1
+            if done < kills:
+                kill_one_that_takes_over(guest, chance.uniform(0, LONGEST_LIFE_SECONDS))
+                if needs_none(guest):
+                    break
+                done += 1
+                here += 1
+            took.append(take_over(guest))
         guest.console.wait_more_ticks(1)
-        cli("fill", guest.name, "--rate", "0")
+        if not needs_none(guest):
+            cli("fill", guest.name, "--rate", "0")
         guest.wait_sidecar_gone()
         guest.console.wait_passes(2)
         guest.kill()
     return took
 
 
-def report(took: list[float]) -> None:
-    ordered = sorted(1000 * seconds for seconds in took)
-    print(
-        f"{len(ordered)} take-overs, from the command to serving: min {ordered[0]:.1f} ms, median "
-        f"{ordered[len(ordered) // 2]:.1f}, p99 {ordered[int(len(ordered) * 0.99)]:.1f}, "
-        f"max {ordered[-1]:.1f}"
-    )
-
-
 def test_sidecars_killed_at_random_moments_cost_no_word(
     qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
 ) -> None:
     snapshot = snapshots.checker(lab, guest_image, qemu)
-    report(kill_again_and_again(lab, snapshot, KILLS, random.Random(SEED)))
+    report(kill_again_and_again(lab, snapshot, KILLS, random.Random(SEED)), KILLS)
 
 
 @pytest.mark.soak
@@ -124,9 +115,8 @@ def test_sidecars_killed_at_random_moments_cost_no_word(
 def test_a_thousand_killed_sidecars_cost_no_word(
     qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
 ) -> None:
-    print(f"QPC_SEED={SEED}")
     snapshot = snapshots.checker(lab, guest_image, qemu)
-    report(kill_again_and_again(lab, snapshot, SOAK_KILLS, random.Random(SEED)))
+    report(kill_again_and_again(lab, snapshot, SOAK_KILLS, random.Random(SEED)), SOAK_KILLS)
 
 
 def test_restore_killed_at_any_moment_leaves_a_guest_or_none_never_half_of_one(
@@ -220,7 +210,7 @@ def test_without_its_ledger_or_image_a_guest_waits_and_is_not_guessed_at(
     refused("recover", guest.name, status=6, words=["not a userfaultfd"])
     assert guest.alive() and guest.registered_ranges() > 0
     RunDirectory(guest.directory).update_record(userfaultfd=record.userfaultfd)
-    recover(guest)
+    take_over(guest)
     guest.console.wait_passes(2)
 
 
