@@ -80,7 +80,7 @@ class Peer:
         self._socket.settimeout(0.1)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ending.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -99,10 +99,7 @@ class Peer:
                 os.close(tap)
             return True
 
-        if kind is None:
-            wait_until(gone, "the tap is free")
-        else:
-            gone()
+        wait_until(gone, "the tap is free", 20)
 
     def arguments(self) -> tuple[str, ...]:
         """QEMU's.  Only a tap takes checksums off a guest, and only then pages go out uncopied."""

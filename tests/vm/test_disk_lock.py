@@ -64,19 +64,7 @@ def test_a_restore_whose_disk_another_guest_holds_is_refused_and_works_when_that
     lab.restore(snapshot, name="late").console.wait_more_ticks(3)
 
 
-def test_a_paused_restore_can_be_let_run_when_its_disk_is_free(
-    lab: Lab, original: Guest, snapshot: Snapshot
-) -> None:
-    guest = lab.restore(snapshot, "--paused", "--no-background")
-    with pytest.raises(CommandError, match="lock"):
-        guest.ask("cont")
-    assert guest.run_state() == "paused"
-    original.kill()
-    guest.ask("cont")
-    guest.console.wait_more_ticks(3)
-
-
-def test_a_qemu_of_somebody_elses_is_served_until_its_disk_is_free(
+def test_a_paused_guest_and_a_qemu_of_somebody_elses_are_served_until_the_disk_is_free(
     qemu_binary: Path,
     lab: Lab,
     guest_image: GuestImage,
@@ -84,7 +72,12 @@ def test_a_qemu_of_somebody_elses_is_served_until_its_disk_is_free(
     snapshot: Snapshot,
     disk: Disk,
 ) -> None:
-    """Its state is loaded, so it is not ended; whoever takes over says the same again."""
+    """The state is loaded, so neither is ended; whoever takes over says the same again."""
+    paused = lab.restore(snapshot, "--paused", "--no-background")
+    with pytest.raises(CommandError, match="lock"):
+        paused.ask("cont")
+    assert paused.run_state() == "paused"
+
     waiting = lab.launch(spec(lab, guest_image, qemu_binary, "memfd", disk, *INCOMING))
     refused(
         *("attach", "--name", "a", "--no-background", waiting.qmp_path, snapshot.image),
@@ -107,6 +100,11 @@ def test_a_qemu_of_somebody_elses_is_served_until_its_disk_is_free(
     sidecar = ProcessIdentity.open(record.sidecar_pid)
 
     original.kill()
+    paused.ask("cont")
+    paused.console.wait_more_ticks(3)
+    with pytest.raises(CommandError, match="lock"):
+        waiting.ask("cont")
+    paused.kill()
     waiting.ask("cont")
     waiting.console.wait_more_ticks(3)
     cli("fill", "a")
