@@ -136,6 +136,18 @@ static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page,
             COUNT(p->statistics.retries, 1u);
             return FILL_EVENT_FIRST;
         case QPC_ALREADY_PRESENT:
+            /*
+             * Where no huge page is free, COPY says EEXIST too, not ENOMEM (seen on Linux 6.18). Of a
+             * page that was never filled here it can mean nothing else: all memory was empty, and
+             * what arrived from a pager before us was noted. To take it for present would have the
+             * next fault answered with zeros.
+             */
+            if (page_size > 4096 && page_state(b, page) != QPC_PAGE_PRESENT &&
+                page_state(b, page) != QPC_PAGE_REMOVED) {
+                COUNT(p->statistics.fill_errors, 1u);
+                note_error(p, b, page, ENOMEM);
+                return FILL_LATER;
+            }
             /* Somebody was quicker, or a second message for a page that is there. */
             COUNT(p->statistics.already_present, 1u);
             if (page_state(b, page) != QPC_PAGE_REMOVED)

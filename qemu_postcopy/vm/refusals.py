@@ -38,6 +38,13 @@ REMAPPED = (
     "it maps guest memory a second time for RDMA, where a missing page would not be noticed: "
     "unplug it before the snapshot and plug it in again when the guest has all of its memory"
 )
+#: Prefixes of QOM types that may hand guest memory to the host's graphics as it lies in its file
+#: (blob=on, hw/display/virtio-gpu-udmabuf.c); the kernel makes missing pages there, with no fault.
+BLOB_TYPES = ("virtio-gpu", "virtio-vga")
+BLOB = (
+    "blob=on has the kernel take guest memory out of its file (udmabuf), where a missing page "
+    "would become zeros unnoticed: leave blob=on out"
+)
 ENCRYPTED = "the guest's memory is encrypted: only the guest itself can fill it"
 
 
@@ -53,7 +60,9 @@ async def refusals(qmp: Monitor) -> list[str]:
         _confidential_guest_support(qmp),
     )
     reasons = []
-    for entry in [*plugged, *built_in]:
+    for folder, entry in [("peripheral", e) for e in plugged] + [
+        ("peripheral-anon", e) for e in built_in
+    ]:
         kind = entry["type"].removeprefix("child<").removesuffix(">")
         if kind.startswith(PINNING_TYPES):
             reasons.append(f"device {entry['name']} ({kind}): {PINNED}")
@@ -61,6 +70,8 @@ async def refusals(qmp: Monitor) -> list[str]:
             reasons.append(f"device {entry['name']} ({kind}): {SHARED}")
         elif kind.startswith(REMAPPING_TYPES):
             reasons.append(f"device {entry['name']} ({kind}): {REMAPPED}")
+        elif kind.startswith(BLOB_TYPES) and await _has_blob(qmp, f"{folder}/{entry['name']}"):
+            reasons.append(f"device {entry['name']} ({kind}): {BLOB}")
     for entry in objects:
         kind = entry["type"].removeprefix("child<").removesuffix(">")
         if kind.startswith(SHARING_OBJECTS):
@@ -78,6 +89,15 @@ async def refusals(qmp: Monitor) -> list[str]:
     if guard:
         reasons.append(f"confidential guest ({guard}): {ENCRYPTED}")
     return reasons
+
+
+async def _has_blob(qmp: Monitor, device: str) -> bool:
+    try:
+        return bool(
+            await qmp.execute("qom-get", {"path": f"/machine/{device}", "property": "blob"})
+        )
+    except CommandError:
+        return False  # a device without that property
 
 
 async def _confidential_guest_support(qmp: Monitor) -> str:

@@ -6,49 +6,28 @@ one, since huge pages matter to it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from _pytest.mark.structures import ParameterSet
-from capabilities import missing
-from kvm.micro import RAM_BYTES, RESTORE, Accelerator, passes, save, wait_whole_passes
-from vm.guests import INCOMING, Guest, Lab, wait_until
+from kvm.memory import FILE, HUGE, MEMFD, ONE, RAM, THREE, TWO, Case, Start, backend
+from kvm.micro import RESTORE, save, wait_whole_passes
+from vm.guests import Lab, cli, send
 
-from qemu_postcopy.images.micro_guest import MicroGuest
-from qemu_postcopy.vm.spec import VmSpec
+from qemu_postcopy.images.micro_guest import AREA_START
+from qemu_postcopy.vm.process import ProcessIdentity
 
 pytestmark = pytest.mark.needs("uffd", "ptrace", "cc", "root")
 
 SYSTEM = "qemu-system-x86_64"
-SIZE = "size=16M"
-ONE = ("-machine", "memory-backend=m0", "-m", "16M")
-#: Memory of two and three NUMA nodes; what the guest verifies lies in all of them.
-TWO = ("-m", "16M", "-numa", "node,memdev=m0", "-numa", "node,memdev=m1")
-THREE = (
-    "-m",
-    "16M",
-    "-numa",
-    "node,memdev=m0",
-    "-numa",
-    "node,memdev=m1",
-    "-numa",
-    "node,memdev=m2",
-)
-RAM, MEMFD, FILE = "memory-backend-ram", "memory-backend-memfd", "memory-backend-file"
-HUGE = f"{MEMFD},hugetlb=on,hugetlbsize=2M"
 
-
-def backend(kind: str, *properties: str, name: str = "m0", size: str = SIZE) -> tuple[str, str]:
-    return "-object", ",".join([kind, f"id={name}", size, *properties])
-
-
-#: What each case adds to QEMU's command line; @ stands for a file on tmpfs.
-CASES: dict[str, tuple[str, ...]] = {
+#: What each case adds to QEMU's command line.
+CASES: dict[str, Case] = {
     "memfd shared": (*ONE, *backend(MEMFD, "share=on")),
     "memfd private": (*ONE, *backend(MEMFD, "share=off")),
     "file on tmpfs shared": (*ONE, *backend(FILE, "share=on", "mem-path=@")),
@@ -78,7 +57,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
 }
 #: Only QEMU 10 has these.
-CASES_OF_10: dict[str, tuple[str, ...]] = {
+CASES_OF_10: dict[str, Case] = {
     "nodes in one file": (
         *TWO,
         *backend(FILE, "share=on", "mem-path=@", size="size=8M"),
@@ -89,27 +68,40 @@ CASES_OF_10: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class MemorySpec(VmSpec):
-    """A guest whose memory is what these arguments make it."""
+def needs_of(case: Case) -> list[pytest.MarkDecorator]:
+    huge = any("hugetlb=on" in argument for argument in case)
+    return [pytest.mark.needs("hugetlb")] if huge else []
 
-    memory_arguments: tuple[str, ...] = ()
 
-    def argv(self, run_dir: Path) -> list[str]:
-        return [
-            *(self.binary, "-machine", self.machine, "-accel", self.accel, "-nodefaults"),
-            *("-display", "none", "-cpu", self.cpu or "qemu64", *self.memory_arguments),
-            *("-serial", f"file:{run_dir / 'console.log'}", *self.extra_arguments),
-        ]
+#: Those in which the library has something to keep from filling, or to offer, that others lack.
+PRELOADED = [
+    "mem-lock anonymous",
+    *(
+        pytest.param(case, marks=[pytest.mark.soak, *needs_of(CASES[case])])
+        for case in ("memfd private", "hugetlb private", "prealloc anonymous", "mem-lock shared")
+    ),
+]
+TAKEN_OVER = [
+    "memfd private",
+    *(
+        pytest.param(case, marks=[pytest.mark.soak, *needs_of(CASES[case])])
+        for case in ("hugetlb private", "file on tmpfs private")
+    ),
+]
 
 
 @pytest.fixture
-def memory_file() -> Iterator[Path]:
-    path = Path(f"/dev/shm/qpc-{uuid.uuid4().hex[:8]}")
-    path.touch()
-    os.truncate(path, RAM_BYTES)
-    yield path
-    path.unlink(missing_ok=True)
+def gib_pages() -> Iterator[None]:
+    """One page of 1 GiB in the pool, if the host has so much in one piece."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
+    if not os.access(pool, os.W_OK):
+        pytest.skip(f"{pool} cannot be written")
+    before = int(pool.read_text())
+    pool.write_text(str(before + 1))
+    if int(pool.read_text()) <= before:
+        pytest.skip("no 1 GiB of memory in one piece")
+    yield
+    pool.write_text(str(before))
 
 
 @pytest.fixture
@@ -117,42 +109,7 @@ def qemu10() -> Path:
     return Path(os.environ["QPC_QEMU10"])
 
 
-@pytest.fixture
-def best_accelerator() -> Accelerator:
-    if missing("kvm"):
-        return Accelerator("tcg", "qemu64")
-    return Accelerator("kvm", "qemu64,+kvm-asyncpf-int")
-
-
-Start = Callable[..., Guest]
-
-
-@pytest.fixture
-def start(
-    lab: Lab, micro_guest: MicroGuest, best_accelerator: Accelerator, memory_file: Path
-) -> Start:
-    """Starts the micro guest, or with `waiting` a QEMU that waits for it, on such memory."""
-
-    def run(qemu: Path, case: tuple[str, ...], *, waiting: bool = False) -> Guest:
-        if any("hugetlb=on" in argument for argument in case):
-            lab.need_huge_pages(RAM_BYTES)
-        guest = lab.launch(
-            MemorySpec(
-                str(qemu),
-                accel=best_accelerator.name,
-                cpu=best_accelerator.cpu,
-                memory_arguments=tuple(part.replace("@", str(memory_file)) for part in case),
-                extra_arguments=(*micro_guest.qemu_arguments(), *(INCOMING if waiting else ())),
-            )
-        )
-        if not waiting:
-            wait_until(lambda: len(passes(guest, starts_midway=False)) >= 1, "a pass")
-        return guest
-
-    return run
-
-
-def check_case(start: Start, lab: Lab, run_dir: Path, qemu: Path, case: tuple[str, ...]) -> None:
+def check_case(start: Start, lab: Lab, run_dir: Path, qemu: Path, case: Case) -> None:
     """By a launch of ours and on demand only; then attached to, filled and left."""
     snapshot = save(start(qemu, case), run_dir / "image", qemu)
 
@@ -165,11 +122,6 @@ def check_case(start: Start, lab: Lab, run_dir: Path, qemu: Path, case: tuple[st
     attached.wait_sidecar_gone()
     assert attached.registered_ranges() == 0
     wait_whole_passes(attached, 1)
-
-
-def needs_of(case: tuple[str, ...]) -> list[pytest.MarkDecorator]:
-    huge = any("hugetlb=on" in argument for argument in case)
-    return [pytest.mark.needs("hugetlb")] if huge else []
 
 
 def each_with_one_qemu() -> Iterator[ParameterSet]:
@@ -194,3 +146,49 @@ def test_memory_that_only_qemu_10_has_is_intact(
     case: str, qemu10: Path, lab: Lab, run_dir: Path, start: Start
 ) -> None:
     check_case(start, lab, run_dir, qemu10, CASES_OF_10[case])
+
+
+@pytest.mark.needs("qemu")
+@pytest.mark.parametrize("case", PRELOADED)
+def test_memory_that_the_preload_library_offers_is_intact(
+    case: str, qemu_binary: Path, lab: Lab, run_dir: Path, start: Start
+) -> None:
+    snapshot = save(start(qemu_binary, CASES[case]), run_dir / "image", qemu_binary)
+    guest = lab.restore(snapshot, "--attach-by", "preload")
+    guest.wait_sidecar_gone()
+    assert guest.registered_ranges() == 0
+    wait_whole_passes(guest, 1)
+
+
+@pytest.mark.parametrize("case", TAKEN_OVER)
+def test_private_memory_is_intact_after_a_take_over(
+    case: str, qemu: Path, lab: Lab, run_dir: Path, start: Start
+) -> None:
+    """What is there is asked of the page table, since the file has nothing."""
+    snapshot = save(start(qemu, CASES[case]), run_dir / "image", qemu)
+    guest = lab.restore(snapshot, *RESTORE, "--paused")
+    guest.ask("human-monitor-command", **{"command-line": f"xp /1xg {AREA_START:#x}"})
+    assert guest.sidecar is not None
+    send(guest.sidecar, signal.SIGKILL)
+    guest.wait_sidecar_gone()
+    (said,) = json.loads(cli("recover", guest.name, "--json").stdout)
+    guest.sidecar = ProcessIdentity.open(said["sidecar_pid"])
+    guest.ask("cont")
+    wait_whole_passes(guest, 1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("share", ["on", "off"])
+def test_a_guest_on_pages_of_1_gib_is_intact(
+    share: str, qemu_binary: Path, lab: Lab, run_dir: Path, start: Start, gib_pages: None
+) -> None:
+    """One fault brings all of it; the sidecar holds as much meanwhile."""
+    memory = f"{MEMFD},hugetlb=on,hugetlbsize=1G"
+    case = ("-machine", "memory-backend=m0", "-m", "1G")
+    check_case(
+        start,
+        lab,
+        run_dir,
+        qemu_binary,
+        (*case, *backend(memory, f"share={share}", size="size=1G")),
+    )

@@ -305,6 +305,8 @@ def test_devices_that_pin_or_share_memory_are_refused_and_no_others() -> None:
                         {"name": "fs0", "type": "child<vhost-user-fs-pci>"},
                         {"name": "vsock0", "type": "child<vhost-vsock-pci>"},
                         {"name": "rdma0", "type": "child<pvrdma>"},
+                        {"name": "vga0", "type": "child<virtio-vga>"},
+                        {"name": "blob0", "type": "child<virtio-gpu-pci>"},
                     ]
                 if arguments["path"] == "/objects":
                     return [
@@ -319,6 +321,8 @@ def test_devices_that_pin_or_share_memory_are_refused_and_no_others() -> None:
                     {"node-name": "d2", "drv": "virtio-blk-vhost-user"},
                 ]
             if command == "qom-get":
+                if arguments["property"] == "blob":
+                    return arguments["path"] == "/machine/peripheral/blob0"
                 if arguments["property"] == "confidential-guest-support":
                     return "/objects/sev0"
                 return "sev-guest"
@@ -332,6 +336,7 @@ def test_devices_that_pin_or_share_memory_are_refused_and_no_others() -> None:
         ("gpu0 (vfio-pci)", "pins"),
         ("fs0 (vhost-user-fs-pci)", "maps"),
         ("rdma0 (pvrdma)", "second time"),
+        ("blob0 (virtio-gpu-pci)", "udmabuf"),
         ("crypto0 (cryptodev-vhost-user)", "maps"),
         ("d1 (driver nvme)", "pins"),
         ("d2 (driver virtio-blk-vhost-user)", "maps"),
