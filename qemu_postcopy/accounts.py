@@ -11,11 +11,12 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qemu_postcopy.errors import PostcopyError
+from qemu_postcopy.vm import async_page_faults
 from qemu_postcopy.vm.origin import ASYNC, Origins
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Accounts:
         blocks: what the pager serves, in its order.
         source: where page data comes from, in words.
         names: threads as :meth:`threads` has returned them to a sidecar that is dead.
+        asked_for_async: whether the guest used asynchronous page faults when it was saved.
+        async_offered: what a dead sidecar has noted.
     """
 
     def __init__(
@@ -48,8 +51,14 @@ class Accounts:
         blocks: Sequence[RamBlock],
         source: str,
         names: Mapping[str, str] | None = None,
+        *,
+        asked_for_async: Callable[[], bool | None] = lambda: None,
+        async_offered: bool | None = None,
     ) -> None:
         self.trace: TraceWriter | None = None
+        #: whether QEMU's CPU offers asynchronous page faults, once it was asked
+        self.async_offered = async_offered
+        self._asked_for_async = asked_for_async
         self._pager = pager
         self._blocks = blocks
         self._source = source
@@ -62,6 +71,7 @@ class Accounts:
         """Asks QEMU who its threads are; lacking answers cost no more than the names."""
         try:
             await self._origins.learn(qmp)
+            self.async_offered = await async_page_faults.offered(qmp)
         except PostcopyError as error:
             log.warning("QEMU does not tell its threads, faults are not told apart: %s", error)
         self._pager.name_vcpus(self._origins.vcpus())
@@ -148,6 +158,9 @@ class Accounts:
                 if name.startswith("vCPU ")
             },
             "all_stopped_us": all_stopped_ns // 1000,
+            "async_page_faults": async_page_faults.use_of(
+                self._asked_for_async(), self.async_offered
+            ),
             "async_share": origins.get(ASYNC, {"faults": 0})["faults"] / faults if faults else 0.0,
         }
 

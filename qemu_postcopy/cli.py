@@ -451,11 +451,16 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
         "launched_ns": record.launched_ns if record else 0,
         "seconds": reached,
         "statistics": last.get("statistics", {}),
+        "vcpus": record.vcpus if record and goal == "end" else {},
     }
     if last.get("state") == "gone":
         text = f"{run.name} ended while it was served"
     elif goal == "end":
         text = f"{run.name} has all of its memory (PID {result['pid']})"
+        if result["vcpus"]:
+            from qemu_postcopy.status import async_words
+
+            text += f"; {async_words(result['vcpus'])}"
     else:
         text = (
             f"{run.name} {'is loaded' if rest['paused'] else 'runs'} after "

@@ -30,6 +30,7 @@ from qemu_postcopy.images.console import Bad, ConsoleParser, Failure, Ready, Tic
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.paging.pager import TIMELINE_BUCKET_SECONDS
 from qemu_postcopy.snapshot import SnapshotOptions, snapshot
+from qemu_postcopy.vm.async_page_faults import launch_offering
 from qemu_postcopy.vm.console import Console
 from qemu_postcopy.vm.launch import QemuProcess, launch
 from qemu_postcopy.vm.spec import MemoryBackend, VmSpec, restore_arguments
@@ -153,9 +154,10 @@ class Demo:
         self.say(f"booting it and letting it fill {self.memory_mib} MiB")
         verdict = Verdict()
         with self.console(verdict, "boot") as console:
-            qemu = launch(self.spec(guest).argv(self.directory), self.directory / "original")
+            argv = self.spec(guest).argv(self.directory)
+            qemu, qmp = await launch_offering(argv, self.directory / "original")
             try:
-                await (await qemu.connect()).close()
+                await qmp.close()
                 await self.until(console, qemu, verdict, lambda: bool(verdict.last), FILL_SECONDS)
                 self.say("snapshotting it while it verifies and rewrites, then ending it")
                 await snapshot(SnapshotOptions(qmp=qemu.qmp_path, image=self.image, then="stop"))

@@ -208,6 +208,7 @@ class Session:
         self._resumed = False
         #: why the guest was loaded and not let run
         self._failure: PostcopyError | None = None
+        self._asked_async: bool | None = None
         # Taken over, and not known yet whether there is a guest: then it counts as one.
         self._unsettled = False
         self._owned_before = False
@@ -405,7 +406,9 @@ class Session:
         self._cleanup.callback(self._ledger.close)
         self._ledger.require_sound()
         note_arrived(self._ledger, self._layout, self.identity)
-        pager = self._make_pager(self._pager_blocks(), threads=record.threads)
+        pager = self._make_pager(
+            self._pager_blocks(), threads=record.threads, async_offered=record.async_offered
+        )
         if self.options.trace is not None:
             try:
                 self._known_accounts().record(self.options.trace, resume=True)
@@ -566,7 +569,9 @@ class Session:
         elif not self.accounts.threads() and self.attached_by != "handshake":
             await self._learn_threads_late()
         with contextlib.suppress(OSError):
-            self.run.update_record(threads=self.accounts.threads())
+            self.run.update_record(
+                threads=self.accounts.threads(), async_offered=self.accounts.async_offered
+            )
 
     async def _learn_threads_late(self) -> None:
         from qemu_postcopy.vm.monitor import connect
@@ -786,6 +791,7 @@ class Session:
                 vcpus=told.get("vcpus", {}),
                 block_counts=told.get("blocks", []),
                 threads=self.accounts.threads() if self.accounts else {},
+                async_offered=self.accounts.async_offered if self.accounts else None,
                 trace=str(options.trace.absolute()) if options.trace else "",
             )
         )
@@ -799,6 +805,7 @@ class Session:
         self._features = self._features or registration.kernel_features()
         self._device_state = open_device_state(self.image)
         self._cleanup.callback(os.close, self._device_state)
+        self._asked_for_async()
         for block in self.image.manifest.blocks:
             self._page_data(block.name, block.page_size_bytes)
         if self.options.uses_working_set():
@@ -858,6 +865,7 @@ class Session:
         *,
         note_first_faults: bool = False,
         threads: dict[str, str] | None = None,
+        async_offered: bool | None = None,
     ) -> Pager:
         from qemu_postcopy.accounts import Accounts
         from qemu_postcopy.paging.pager import DEFAULT_SPIN_LIMIT_US, Pager
@@ -882,6 +890,8 @@ class Session:
             self._layout,
             f"the image {self.image.path}",
             threads,
+            asked_for_async=self._asked_for_async,
+            async_offered=async_offered,
         )
         # A trace of nothing is not kept; and it is ended after the pager.
         self._cleanup.callback(lambda: accounts.close(discard=self.state is State.FAILED))
@@ -950,15 +960,29 @@ class Session:
         self._cleanup.callback(os.close, taken.descriptor)
 
     async def _check_fit(self) -> None:
+        from qemu_postcopy.vm import async_page_faults
         from qemu_postcopy.vm.fit import check_fit
 
         assert self._qmp is not None and self._target is not None
+        if self._asked_for_async():
+            await async_page_faults.require_offered(self._qmp)
         self._layout = await check_fit(
             self._qmp,
             self._target,
             self.image.manifest,
             allow_newer=self.options.allow_newer_qemu,
         )
+
+    def _asked_for_async(self) -> bool | None:
+        """Whether the guest used asynchronous page faults when it was saved; None: not known."""
+        from qemu_postcopy.vm import async_page_faults
+
+        if self._asked_async is None and self.attached_by != "handshake":
+            try:
+                self._asked_async = async_page_faults.asked_for(self.image)
+            except (PostcopyError, OSError) as error:
+                log.warning("the image's device state cannot be looked at: %s", error)
+        return self._asked_async
 
     def _unregister_empty(self) -> None:
         """QEMU is somebody else's: where nothing was loaded it is left as it was found.

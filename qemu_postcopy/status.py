@@ -34,10 +34,11 @@ def collect(name: str | None = None, timeout: float = ANSWER_TIMEOUT) -> list[di
     :mod:`qemu_postcopy.vm.origin`), ``vcpus`` (``count`` of their threads, how many are ``stopped``
     by a missing page now, for how long each was in all, ``stopped_us``, and all at the same time,
     ``all_stopped_us``; ``async_share`` of all faults, 0 to 1, that the kernel made on their
-    behalf), ``blocks`` (each with ``name``, ``page_size``, ``pages``, ``faults``, ``waiting``,
-    ``pages_data``, ``pages_data_missing``, ``pages_removed``, ``pages_unmapped``: all where the
-    block was taken away).  Counts begin anew when another
-    sidecar takes over.
+    behalf; ``async_page_faults``: `on` where the guest takes part, `offered` where it had not asked
+    for them when it was saved, `off` where its CPU does not offer them, else `unknown`), ``blocks``
+    (each with ``name``, ``page_size``, ``pages``, ``faults``, ``waiting``, ``pages_data``,
+    ``pages_data_missing``, ``pages_removed``, ``pages_unmapped``: all where the block was taken
+    away).  Counts begin anew when another sidecar takes over.
 
     Raises:
         SidecarError: no guest of that name is known.
@@ -154,9 +155,18 @@ def vcpus_line(vcpus: dict[str, Any]) -> str:
     each = sum(vcpus["stopped_us"].values()) / 1000
     return (
         f"vCPUs ({vcpus['count']}) stopped for {each:.1f} ms together{now}, all at once for "
-        f"{vcpus['all_stopped_us'] / 1000:.1f} ms; asynchronous: "
-        f"{100 * vcpus['async_share']:.0f} % of faults"
+        f"{vcpus['all_stopped_us'] / 1000:.1f} ms; {async_words(vcpus)}"
     )
+
+
+def async_words(vcpus: dict[str, Any]) -> str:
+    """Whether the guest uses asynchronous page faults, and how many there were."""
+    use = {
+        "on": " (the guest takes part)",
+        "offered": " (offered; the guest had not asked for them)",
+        "off": " (not offered to the guest: kvm-asyncpf-int)",
+    }.get(vcpus.get("async_page_faults", ""), "")
+    return f"asynchronous: {100 * vcpus['async_share']:.0f} % of faults{use}"
 
 
 def _chaos_line(chaos: dict[str, Any]) -> str:

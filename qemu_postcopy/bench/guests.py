@@ -32,7 +32,7 @@ from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.sidecar.control import ask
 from qemu_postcopy.sidecar.rundir import RunDirectory, list_directories
 from qemu_postcopy.snapshot import SnapshotOptions, snapshot
-from qemu_postcopy.vm.launch import launch
+from qemu_postcopy.vm.async_page_faults import launch_offering
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.spec import MemoryBackend, VmSpec
 
@@ -216,10 +216,9 @@ class _Fleet:
                 pages_per_second=PAGES_PER_SECOND,
             ),
         )
-        qemu = launch(spec.argv(directory), directory)
+        qemu, qmp = await launch_offering(spec.argv(directory), directory)
         try:
-            async with await qemu.connect():
-                pass
+            await qmp.close()
             console = directory / "console.log"
             deadline = time.monotonic() + BOOT_SECONDS
             # A file tells nobody when it grows.

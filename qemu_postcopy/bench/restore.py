@@ -31,6 +31,7 @@ from qemu_postcopy.restore import RestoreOptions, restore
 from qemu_postcopy.session import SessionOptions
 from qemu_postcopy.sidecar.rundir import RunDirectory
 from qemu_postcopy.snapshot import SnapshotOptions, snapshot
+from qemu_postcopy.vm.async_page_faults import launch_offering
 from qemu_postcopy.vm.console import Console
 from qemu_postcopy.vm.launch import launch
 from qemu_postcopy.vm.qmp import Qmp
@@ -180,9 +181,10 @@ class _Guest:
             serial=str(self._fifo),
         )
         with self._console() as console:
-            qemu = launch(spec.argv(self._directory), self._directory / "original")
+            argv = spec.argv(self._directory)
+            qemu, qmp = await launch_offering(argv, self._directory / "original")
             try:
-                async with await qemu.connect() as qmp:
+                async with qmp:
                     version = qmp.version
                 await console.wait_for(lambda output: b"QPC tick" in output, FILL_SECONDS)
                 await snapshot(

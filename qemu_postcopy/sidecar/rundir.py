@@ -93,6 +93,8 @@ class SessionRecord:
     block_counts: list[dict[str, Any]] = field(default_factory=list)
     #: names of QEMU's threads by their ids, once it was asked
     threads: dict[str, str] = field(default_factory=dict)
+    #: whether QEMU's CPU offers asynchronous page faults; None: it was not asked, or does not tell
+    async_offered: bool | None = None
     #: the file that every fault is recorded in
     trace: str = ""
 

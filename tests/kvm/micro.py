@@ -24,8 +24,7 @@ class Accelerator:
     cpu: str
 
 
-#: With a CPU that offers asynchronous page faults.
-KVM = Accelerator("kvm", "qemu64,+kvm-asyncpf-int")
+KVM = Accelerator("kvm", "qemu64")
 TCG = Accelerator("tcg", "qemu64")
 
 
@@ -95,7 +94,8 @@ def boot(
             cpu=accelerator.cpu,
             memory=(memory or lab.memory("memfd", RAM_BYTES),),
             extra_arguments=tuple(micro.qemu_arguments()),
-        )
+        ),
+        offering=True,
     )
     if micro.workers:
         wait_more_passes(guest, range(micro.workers), 1)

@@ -93,10 +93,10 @@ def test_other_tasks_run_while_one_waits_for_its_page(
 
 
 def test_without_asynchronous_page_faults_the_whole_guest_waits(
-    qemu_binary: Path, lab: Lab, run_dir: Path, micro_cache: Path | None
+    qemu: Path, lab: Lab, run_dir: Path, micro_cache: Path | None
 ) -> None:
     """The same guest under TCG, which has none: what the others above gain."""
-    guest = restore_with_a_page_held_back(lab, run_dir, qemu_binary, micro_cache, TCG)
+    guest = restore_with_a_page_held_back(lab, run_dir, qemu, micro_cache, TCG)
     wait_until(lambda: stands_still(guest), "the guest stands still")
     assert outstanding(guest) == {"vCPU 0": 1}
     let_go(guest)

@@ -28,6 +28,7 @@ import pytest
 from qemu_postcopy.errors import TargetGoneError
 from qemu_postcopy.images.console import Bad, ConsoleParser, Failure, Ready, Record, Tick
 from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.vm.async_page_faults import launch_offering
 from qemu_postcopy.vm.launch import QemuProcess, launch
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.qmp import Qmp
@@ -264,6 +265,12 @@ class Snapshot:
         return Snapshot(target, self.qemu, self.kind, self.ram_bytes, self.last_tick)
 
 
+async def launched_offering(argv: Sequence[str], directory: Path) -> QemuProcess:
+    process, qmp = await launch_offering(argv, directory)
+    await qmp.close()
+    return process
+
+
 class Lab:
     """Boots, snapshots and restores the guests of one test; ends them all afterwards."""
 
@@ -298,9 +305,14 @@ class Lab:
         # Whoever else uses the pool (another test run) takes from the same pages.
         wait_until(lambda: free_huge_bytes() >= size_bytes, "free huge pages", 20)
 
-    def launch(self, spec: VmSpec, name: str = "") -> Guest:
-        """Starts QEMU and waits until its monitor answers."""
+    def launch(self, spec: VmSpec, name: str = "", *, offering: bool = False) -> Guest:
+        """Starts QEMU and waits until its monitor answers.
+
+        ``offering``: as a new guest of our own is started, with asynchronous page faults.
+        """
         directory = self.directory / (name or f"q{len(self._guests)}")
+        if offering:
+            return self._started(asyncio.run(launched_offering(spec.argv(directory), directory)))
         process = launch(spec.argv(directory), directory)
         try:
 
@@ -312,6 +324,10 @@ class Lab:
             process.kill()
             process.close()
             raise
+        return self._started(process)
+
+    def _started(self, process: QemuProcess) -> Guest:
+        directory = process.run_dir
         guest = Guest(process.pid, directory, directory.name)
         guest.process = process
         self._guests.append(guest)
