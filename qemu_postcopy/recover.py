@@ -26,7 +26,13 @@ from qemu_postcopy.errors import (
     StateError,
     TargetGoneError,
 )
-from qemu_postcopy.restore import ending_by_signals, handlers, resume, serve_to_the_end
+from qemu_postcopy.restore import (
+    ending_by_signals,
+    handlers,
+    resume,
+    serve_on,
+    serve_to_the_end,
+)
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
@@ -102,11 +108,7 @@ async def recover(
             except Exception as error:
                 if not session.has_guest() or session.state is State.NEW:
                     raise
-                log.exception("the control plane failed; the guest is served on without it")
-                session.tell_failure(error)
-                session.start_background()
-                await session.wait_gone()
-                raise GuestEndedError("QEMU has ended", vm=run.name) from None
+                await serve_on(session, error)
             finally:
                 await control.close()
                 await session.close()

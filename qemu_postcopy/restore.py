@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qemu_postcopy.errors import (
     GuestEndedError,
@@ -111,12 +111,7 @@ async def restore(
         except Exception as error:
             if not session.has_guest():
                 raise
-            # There is a guest, and data of it is missing: whatever went wrong here, serve on.
-            log.exception("the control plane failed; the guest is served on without it")
-            session.tell_failure(error)
-            session.start_background()
-            await session.wait_gone()
-            raise GuestEndedError("QEMU has ended", vm=session.run.name) from None
+            await serve_on(session, error)
         finally:
             await control.close()
             await session.close()
@@ -138,10 +133,33 @@ async def resume(session: Session) -> None:
 async def serve_to_the_end(session: Session) -> None:
     """From the moment when the guest runs until it needs no sidecar any more."""
     session.start_background()
+    # A guest that waits for a page under QEMU's lock keeps QEMU from answering.
+    learning = asyncio.create_task(_learn_threads(session))
+    try:
+        await session.wait_complete()
+        await learning
+    finally:
+        learning.cancel()
+        await asyncio.wait({learning})
+    session.detach()
+
+
+async def _learn_threads(session: Session) -> None:
     await session.learn_threads()
     await session.release_monitor()
-    await session.wait_complete()
-    session.detach()
+
+
+async def serve_on(session: Session, error: Exception, mapper: str = "QEMU") -> NoReturn:
+    """There is a guest, and data of it is missing: whatever went wrong in its control plane, it is
+    served until it has ended, and its operator told.
+
+    Raises: GuestEndedError then.
+    """
+    log.error("the control plane failed; the guest is served on without it", exc_info=error)
+    session.tell_failure(error)
+    session.start_background()
+    await session.wait_gone()
+    raise GuestEndedError(f"{mapper} has ended", vm=session.run.name) from None
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from qemu_postcopy.errors import GuestEndedError, OperationCancelledError, Postc
 from qemu_postcopy.handover import HandoverSession, regions_of
 from qemu_postcopy.image.memory_file import MemoryFile
 from qemu_postcopy.paging.ledger import Ledger
-from qemu_postcopy.restore import handlers
+from qemu_postcopy.restore import handlers, serve_on
 from qemu_postcopy.session import SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import LISTENING, RunDirectory, SessionRecord
@@ -195,12 +195,8 @@ async def _serve_on(
         await session.wait_complete()
     except GuestEndedError as error:
         raise GuestEndedError("the VMM ended while it was served", vm=error.vm) from None
-    except Exception as error:
-        log.exception("the control plane failed; the guest is served on without it")
-        session.tell_failure(error)
-        session.start_background()
-        await session.wait_gone()
-        raise GuestEndedError("the VMM ended while it was served", vm=session.run.name) from None
+    except Exception as error:  # noqa: BLE001  it is logged there, and the guest must be served
+        await serve_on(session, error, "the VMM")
     if session.options.stay:
         # Its balloon may still give memory back, and wait for us to hear of it.
         waits = [asyncio.ensure_future(session.wait_gone()), asyncio.ensure_future(ending.wait())]

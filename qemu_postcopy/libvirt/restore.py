@@ -11,7 +11,6 @@ that nothing runs before QEMU itself has confirmed where its memory lies.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -38,14 +37,13 @@ from qemu_postcopy.restore import (
     ending_by_signals,
     handlers,
     resume,
+    serve_on,
     serve_to_the_end,
     verify_image,
 )
 from qemu_postcopy.session import Session, SessionOptions, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory
-
-log = logging.getLogger(__name__)
 
 #: What QEMU is given of the stream before its memory is served.
 FIRST = MAGIC + VERSION.to_bytes(4, "big")
@@ -197,11 +195,7 @@ async def restore_domain(
             if not session.has_guest():
                 saved.discard()
                 raise
-            log.exception("the control plane failed; the guest is served on without it")
-            session.tell_failure(error)
-            session.start_background()
-            await session.wait_gone()
-            raise GuestEndedError("QEMU has ended", vm=run.name) from None
+            await serve_on(session, error)
         finally:
             await control.close()
             await session.close()
