@@ -5,6 +5,9 @@ turns, so that a machine whose speed drifts treats all alike.  Measured is the t
 of QEMU (or of the command) to the first whole line on the guest's console, with a warm page cache.
 A guest that was stopped in the middle of a line ends that one from the device's buffer, with no
 instruction run, so it does not count.
+
+Our own restore is measured twice: of an image that was restored before, whose working set is known,
+and of one that never was.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -27,6 +30,7 @@ from qemu_postcopy.image.device_state import open_device_state
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.images.builder import build
 from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.paging.prefetch import WorkingSet
 from qemu_postcopy.restore import RestoreOptions, restore
 from qemu_postcopy.session import SessionOptions
 from qemu_postcopy.sidecar.rundir import RunDirectory
@@ -49,6 +53,7 @@ SETTLE_SECONDS = 0.3
 TICK_MS = 2
 
 OURS = "lazy"
+FIRST = "lazy, the first time"
 COMMAND = "lazy, from the command"
 PRIVATE = "kernel private mapping"
 Times = dict[tuple[str, int], list[float]]
@@ -119,11 +124,20 @@ class RestoreBench:
             )
         return report
 
+    def session_options(self) -> SessionOptions:
+        """How our own restores serve."""
+        return SessionOptions(chunk_size=self.chunk_size, background=self.background)
+
     async def _measure(self, guest: _Guest, times: Times) -> None:
         self.say(f"{guest.size_mib} MiB: booting, filling, snapshotting")
         version = await guest.prepare()
+        if not self.session_options().uses_working_set():
+            self.say("no working set: every restore is like the first")
+        else:
+            await guest.record_working_set()
         ways: dict[str, Callable[[], Awaitable[float]]] = {
             OURS: guest.resume_lazily,
+            FIRST: guest.resume_for_the_first_time,
             PRIVATE: guest.resume_privately,
             COMMAND: guest.resume_by_command,
         }
@@ -256,16 +270,25 @@ class _Guest:
 
     async def resume_lazily(self) -> float:
         """This process serves; measured from the start of QEMU."""
+        with _cache(self._directory / "known"):
+            return await self._resume()
+
+    async def resume_for_the_first_time(self) -> float:
+        """The same where nothing is known of the image."""
+        shutil.rmtree(self._directory / "unknown", ignore_errors=True)
+        with _cache(self._directory / "unknown"):
+            return await self._resume()
+
+    async def record_working_set(self) -> None:
+        """One restore that lasts until what the guest wanted first has been noted."""
+        with _cache(self._directory / "known"):
+            await self._resume(until_noted=True)
+
+    async def _resume(self, *, until_noted: bool = False) -> float:
         run = RunDirectory.create("bench", self._directory)
-        began: list[int] = []
         with self._console() as console:
             console.forget()
-            options = RestoreOptions(
-                image=self._image_path,
-                session=SessionOptions(
-                    chunk_size=self._bench.chunk_size, background=self._bench.background
-                ),
-            )
+            options = RestoreOptions(image=self._image_path, session=self._bench.session_options())
             serving = asyncio.ensure_future(restore(options, run))
             output = asyncio.ensure_future(console.wait_for(_whole_line(console), OUTPUT_SECONDS))
             await asyncio.wait({serving, output}, return_when=asyncio.FIRST_COMPLETED)
@@ -273,13 +296,17 @@ class _Guest:
                 output.cancel()
                 await serving  # raises what went wrong
                 raise HostError("the guest said nothing")
+            key = self.image.manifest.state.sha256
+            async with asyncio.timeout(OUTPUT_SECONDS):
+                # A file tells nobody when it is made.
+                while until_noted and WorkingSet.read(key) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(SETTLE_SECONDS)
             record = run.read_record()
             assert record is not None
-            began.append(record.launched_ns)
             _kill(record.pid, record.start_time)
             with suppress(GuestEndedError):
                 await serving
-            return (console.first_line_ns - began[0]) / 1e9
+            return (console.first_line_ns - record.launched_ns) / 1e9
 
     async def resume_by_command(self) -> float:
         """`qemu-postcopy restore`, measured from its start."""
@@ -295,7 +322,11 @@ class _Guest:
             command = await asyncio.create_subprocess_exec(
                 *words,
                 str(self._image_path),
-                env={**os.environ, "QEMU_POSTCOPY_RUN_DIR": str(base)},
+                env={
+                    **os.environ,
+                    "QEMU_POSTCOPY_RUN_DIR": str(base),
+                    "QEMU_POSTCOPY_CACHE_DIR": str(self._directory / "known"),
+                },
                 stdout=asyncio.subprocess.DEVNULL,
             )
             status = await command.wait()
@@ -307,6 +338,21 @@ class _Guest:
             _kill(record.pid, record.start_time)
             await _wait_gone(record.sidecar_pid)
             return (console.first_line_ns - began) / 1e9
+
+
+@contextmanager
+def _cache(directory: Path) -> Iterator[None]:
+    """Working sets are kept there meanwhile."""
+    name = "QEMU_POSTCOPY_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(directory)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _whole_line(console: Console) -> Callable[[bytes], bool]:

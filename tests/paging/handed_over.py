@@ -70,6 +70,11 @@ class Vmm:
         assert self.process.stdout is not None
         return int(self.process.stdout.readline())
 
+    def waits_for_memory(self) -> bool:
+        """Whether one of its threads sleeps in the kernel's handle_userfault()."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return any((task / "wchan").read_text() == "handle_userfault" for task in tasks)
+
     def registered(self) -> int:
         """Mappings under a userfaultfd (proc(5): VmFlags um)."""
         text = Path(f"/proc/{self.process.pid}/smaps").read_text()

@@ -160,7 +160,7 @@ def test_each_kind_of_wrong_page_is_found(boot: Boot, guest_image: GuestImage, k
     guest.wait_ready()
     with guest.ram_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
         offsets = pattern_pages(ram)
-        assert 15 * 256 < len(offsets) <= 16 * 256
+        assert 2000 < len(offsets) <= 16 * 256
         here, there = slice(offsets[7], offsets[7] + PAGE_BYTES), offsets[2000]
         wrong_words = 512
         match kind:
@@ -189,7 +189,8 @@ def test_a_page_of_an_older_generation_is_found(boot: Boot, guest_image: GuestIm
     guest = boot(append, 128)
     guest.wait_ready()
     with guest.ram_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
-        older = {offset: ram[offset : offset + PAGE_BYTES] for offset in pattern_pages(ram)[:64]}
+        # Over all of memory: some may be what the guest's kernel left behind where it moved a page.
+        older = {offset: ram[offset : offset + PAGE_BYTES] for offset in pattern_pages(ram)[::16]}
         assert guest.wait_passes(2).bad_words == 0
         for offset, page in older.items():
             ram[offset : offset + PAGE_BYTES] = page
