@@ -14,6 +14,7 @@ Trusts the image's device state as far as to take its word for what the guest ha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 from collections.abc import Iterator, Sequence
@@ -129,23 +130,24 @@ async def launch_offering(argv: Sequence[str], run_dir: Path) -> tuple[QemuProce
     Raises:
         LaunchError: it does not start without them either.
     """
+    with_them = with_offer(argv)
+    if with_them != list(argv):
+        # It fails on an older QEMU, or with `enforce` on a host that lacks them.
+        with contextlib.suppress(LaunchError):
+            return await _started(with_them, run_dir)
+    return await _started(argv, run_dir)
+
+
+async def _started(argv: Sequence[str], run_dir: Path) -> tuple[QemuProcess, Qmp]:
     from qemu_postcopy.vm.launch import launch
 
-    with_them = with_offer(argv)
-    for words in (with_them, list(argv)):
-        qemu = launch(words, run_dir)
-        try:
-            return qemu, await qemu.connect()
-        except LaunchError:
-            qemu.close()
-            # An older QEMU, or `enforce` on a host that lacks them.
-            if words == list(argv):
-                raise
-        except BaseException:
-            qemu.kill()
-            qemu.close()
-            raise
-    raise AssertionError("the loop ends by itself")
+    qemu = launch(argv, run_dir)
+    try:
+        return qemu, await qemu.connect()
+    except BaseException:
+        qemu.kill()
+        qemu.close()
+        raise
 
 
 def _values(words: Sequence[str], *names: str) -> Iterator[str]:
