@@ -63,7 +63,16 @@ class Accounts:
         self._blocks = blocks
         self._source = source
         self._origins = Origins(pid, names)
-        pager.name_vcpus(self._origins.vcpus())
+        #: whether QEMU itself has said which threads are its virtual CPUs
+        self._asked = bool(names)
+        self._vcpus_named: list[int] = []
+        self._name_vcpus()
+
+    def _name_vcpus(self) -> None:
+        vcpus = self._origins.vcpus()
+        if vcpus != self._vcpus_named:
+            self._vcpus_named = vcpus
+            self._pager.name_vcpus(vcpus)
 
     # --- threads ---------------------------------------------------------------------------------
 
@@ -72,9 +81,10 @@ class Accounts:
         try:
             await self._origins.learn(qmp)
             self.async_offered = await async_page_faults.offered(qmp)
+            self._asked = True
         except PostcopyError as error:
             log.warning("QEMU does not tell its threads, faults are not told apart: %s", error)
-        self._pager.name_vcpus(self._origins.vcpus())
+        self._name_vcpus()
 
     def threads(self) -> dict[str, str]:
         """Name by thread id of what QEMU has told, for whoever takes over; empty: nothing yet."""
@@ -126,6 +136,9 @@ class Accounts:
 
         Names the threads in the trace on the way.
         """
+        if not self._asked:
+            self._origins.find_vcpus()
+            self._name_vcpus()
         threads = self._pager.threads()
         now = time.monotonic_ns()
         origins = self._origins.describe(threads, now)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ MIGRATION = "migration"
 #: What QEMU calls its threads that save or send a guest (7.2: migration/migration.c, multifd.c;
 #: 10.0: migration/migration.h), where it names them: from 9.1 on, or with debug-threads=on.
 MIGRATION_THREAD = re.compile(r"live_migration|bg_snapshot|multifd.*|mig/.*")
+#: Names of threads that run virtual CPUs: Firecracker's (src/vmm/src/vstate/vcpu.rs), and QEMU's
+#: with debug-threads=on (accel/kvm/kvm-accel-ops.c, accel/tcg/tcg-accel-ops-mttcg.c).
+VCPU_THREAD = re.compile(r"(?:fc_vcpu |CPU )(\d+)(?:/(?:KVM|TCG))?")
 #: PF_KTHREAD in the flags of /proc/PID/stat (Linux, include/linux/sched.h).
 KERNEL_THREAD = 0x00200000
 
@@ -49,12 +53,22 @@ class Origins:
             self._told[int(thread["thread-id"])] = f"I/O thread {thread['id']}"
         self._names.update(self._told)
 
+    def find_vcpus(self) -> None:
+        """Takes threads for virtual CPUs by their names, where there is nobody to be asked."""
+        with suppress(OSError):
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                with suppress(OSError):  # it has just ended
+                    called = (task / "comm").read_text(errors="replace").strip()
+                    if match := VCPU_THREAD.fullmatch(called):
+                        self._told[int(task.name)] = f"vCPU {int(match[1])}"
+        self._names.update(self._told)
+
     def told(self) -> dict[str, str]:
-        """Names by thread id (as text) of what QEMU itself has said; empty before it was asked."""
+        """Names by thread id (as text) of all but what /proc tells; empty before QEMU was asked."""
         return {str(tid): name for tid, name in self._told.items()}
 
     def vcpus(self) -> list[int]:
-        """The threads that run virtual CPUs, as far as QEMU has said."""
+        """The threads that run virtual CPUs, as far as is known."""
         return [tid for tid, name in self._told.items() if name.startswith("vCPU ")]
 
     def name(self, tid: int) -> str:

@@ -83,7 +83,9 @@ def test_other_tasks_run_while_one_waits_for_its_page(
     passes_of_held = others_run_on(guest)
     # Only that page is missing; a kworker waits for it in the task's stead.
     assert outstanding(guest) == {ASYNC: 1}
-    assert guest.status()["statistics"]["faults_waiting"] == 1
+    status = guest.status()
+    assert status["statistics"]["faults_waiting"] == 1
+    assert status["vcpus"]["stopped"] == 0 and status["vcpus"]["async_share"] > 0
 
     let_go(guest)
     last = wait_more_passes(guest, range(WORKERS), 2)

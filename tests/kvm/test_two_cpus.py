@@ -55,8 +55,12 @@ def test_two_cpus_that_wait_for_one_page_both_go_on_with_its_content(
 
     wanted = {"async page fault": 2} if interrupts else {"vCPU 0": 1, "vCPU 1": 1}
     wait_until(lambda: outstanding(guest) == wanted, f"{wanted}, and {outstanding(guest)}", 30)
-    before = guest.status()["statistics"]
+    status = guest.status()
+    before, stopped = status["statistics"], status["vcpus"]
     assert before["faults_waiting"] == 2
+    # One that KVM has halted runs as far as the kernel's thread that faults in its stead tells.
+    assert (stopped["count"], stopped["stopped"]) == (2, 0 if interrupts else 2)
+    assert (stopped["async_share"] > 0) == interrupts
     let_go(guest)
     wait_whole_passes(guest, 2)
     assert passes(guest)
@@ -64,3 +68,8 @@ def test_two_cpus_that_wait_for_one_page_both_go_on_with_its_content(
     after = guest.status()["statistics"]
     assert after["already_present"] > before["already_present"]
     assert after["wakes"] > before["wakes"]
+    if not interrupts:
+        vcpus = guest.status()["vcpus"]
+        assert vcpus["stopped"] == 0
+        assert 0 < stopped["all_stopped_us"] <= vcpus["all_stopped_us"]
+        assert vcpus["all_stopped_us"] <= min(vcpus["stopped_us"].values())
