@@ -115,17 +115,30 @@ def boot(qemu_binary: Path, guest_image: GuestImage, run_dir: Path) -> Iterator[
         guest.close()
 
 
-def pattern_pages(ram: mmap.mmap) -> list[int]:
-    """Offsets in bytes of the pages of RAM that hold the pattern, zero pages aside, and of those
-    only that occur once: where the guest's kernel has moved a page, its old place still holds it.
-    """
+def mix(value: int) -> int:
+    """As guest/pattern.h has it."""
+    value ^= value >> 30
+    value = value * 0xBF58476D1CE4E5B9 % 2**64
+    value ^= value >> 27
+    value = value * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
+
+
+def page_seed(index: int, generation: int) -> int:
+    """The first word of a page, zero pages aside."""
+    return mix((mix(index + 1) + generation * 0xD6E8FEB86659FD93) % 2**64)
+
+
+def pattern_pages(ram: mmap.mmap) -> dict[int, list[int]]:
+    """Offsets in bytes of the pages of RAM that hold the pattern, zero pages aside, by their first
+    word: where the guest's kernel has moved a page, its old place may still hold it."""
     found: dict[int, list[int]] = {}
     for offset in range(0, len(ram), PAGE_BYTES):
         first, second, third = memoryview(ram[offset : offset + 24]).cast("Q")
         step = (second - first) % 2**64
         if step == WORD_STEP and (third - second) % 2**64 == WORD_STEP:
             found.setdefault(first, []).append(offset)
-    return [places[0] for places in found.values() if len(places) == 1]
+    return found
 
 
 def test_memory_is_filled_verified_and_rewritten(boot: Boot, guest_image: GuestImage) -> None:
@@ -159,8 +172,11 @@ def test_each_kind_of_wrong_page_is_found(boot: Boot, guest_image: GuestImage, k
     guest = boot(append, 128)
     guest.wait_ready()
     with guest.ram_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
-        offsets = pattern_pages(ram)
-        assert 2000 < len(offsets) <= 16 * 256
+        pages = pattern_pages(ram)
+        # What the guest is filled with at first, and of that what lies in one place only.
+        places = [pages[page_seed(index, generation=0)] for index in range(16 * 256)]
+        offsets = [place[0] for place in places if len(place) == 1]
+        assert len(offsets) > 2000
         here, there = slice(offsets[7], offsets[7] + PAGE_BYTES), offsets[2000]
         wrong_words = 512
         match kind:
@@ -190,7 +206,8 @@ def test_a_page_of_an_older_generation_is_found(boot: Boot, guest_image: GuestIm
     guest.wait_ready()
     with guest.ram_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as ram:
         # Over all of memory: some may be what the guest's kernel left behind where it moved a page.
-        older = {offset: ram[offset : offset + PAGE_BYTES] for offset in pattern_pages(ram)[::16]}
+        offsets = [offset for places in pattern_pages(ram).values() for offset in places][::16]
+        older = {offset: ram[offset : offset + PAGE_BYTES] for offset in offsets}
         assert guest.wait_passes(2).bad_words == 0
         for offset, page in older.items():
             ram[offset : offset + PAGE_BYTES] = page
