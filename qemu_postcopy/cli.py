@@ -601,6 +601,35 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
             module.show(guests)
 
 
+@commands.command("list")
+@click.option("--prune", is_flag=True, help="Remove your stale run directories first.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+def list_command(prune: bool, as_json: bool) -> None:
+    """All guests of this host that are served, or have been.
+
+    Root sees those of every user. The name is the domain's, as libvirt or QEMU's command line has
+    it, with that of the run directory behind it (which `status`, `fill` and `recover` take) where
+    it differs. `stale`: the guest has ended, or never came to be; only its run directory is left,
+    for its log. The next restore of that name replaces it.
+
+    \b
+    Examples:
+      qemu-postcopy list
+      qemu-postcopy list --json | jq '.[] | select(.uuid != "") | .domain, .filled'
+      qemu-postcopy list --prune
+    """
+    from qemu_postcopy import listing
+
+    removed = listing.prune() if prune else []
+    entries = listing.collect()
+    if as_json:
+        click.echo(json.dumps(entries, indent=2))
+        return
+    if removed:
+        click.echo(f"removed: {', '.join(removed)}", err=True)
+    listing.show(entries)
+
+
 @commands.command()
 @click.argument("name")
 @click.option(

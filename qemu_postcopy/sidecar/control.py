@@ -100,9 +100,17 @@ def _refusal(error: PostcopyError) -> dict[str, Any]:
 
 
 def ask(
-    path: Path, command: str, *, timeout: float = ANSWER_TIMEOUT, **arguments: Any
+    path: Path,
+    command: str,
+    *,
+    timeout: float = ANSWER_TIMEOUT,
+    owner: int | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Asks the sidecar behind ``path``; blocking, at most ``timeout`` seconds for each step.
+
+    Args:
+        owner: the user whose sidecar it is, where root asks.
 
     Raises:
         SidecarError: nobody answers there, it belongs to somebody else, or it refused.
@@ -114,7 +122,7 @@ def ask(
             _, uid, _ = UCRED.unpack(
                 client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
             )
-            if uid not in (0, os.geteuid()):
+            if uid not in (0, os.geteuid(), owner):
                 raise SidecarError(f"{path} is served by user {uid}, who is not to be trusted")
             client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             with client.makefile("rb") as stream:

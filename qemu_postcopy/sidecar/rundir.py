@@ -7,6 +7,7 @@ log, and ``session.json``, which says which process is paged from which image.  
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,8 @@ from qemu_postcopy.errors import (
 
 #: Recorded while a VMM is waited for: there is no guest yet, and no session.
 LISTENING = "listening"
+#: More than a thousand blocks and threads need.
+RECORD_BYTES_MAX = 16 << 20
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
 
@@ -279,7 +282,7 @@ class RunDirectory:
         """
         path = self.path / "session.json"
         try:
-            return SessionRecord(**json.loads(path.read_text()))
+            return SessionRecord(**json.loads(_read_regular(path)))
         except FileNotFoundError:
             if missing_ok:
                 return None
@@ -299,6 +302,21 @@ class RunDirectory:
         except PostcopyError:
             return False
         return True
+
+
+def _read_regular(path: Path) -> bytes:
+    """Of a file that may be another user's: no link is followed, no FIFO waited for."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SidecarError(f"{path} is a symbolic link") from error
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise SidecarError(f"{path} is no file")
+        return file.read(RECORD_BYTES_MAX)
 
 
 def list_directories(base: Path | None = None) -> list[RunDirectory]:
