@@ -313,6 +313,11 @@ def restore(
 
         if command or qemu or qemu_arg:
             raise UsageError("libvirt starts QEMU itself", hint="change its XML instead: --xml")
+        if attach_by == "preload":
+            raise UsageError(
+                "--attach-by preload is for a QEMU of our own, and libvirt starts this one",
+                hint="leave it out",
+            )
         restore_by_libvirt(
             connect,
             image,
@@ -440,7 +445,7 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
     except PostcopyError:
         run.discard_unused()
         raise
-    record = run.read_record()
+    record = run.read_record(missing_ok=True)
     result = {
         "name": run.name,
         "run_directory": str(run.path),

@@ -113,6 +113,7 @@ async def recover(
                 await control.close()
                 await session.close()
     finally:
+        run.tidy()
         run.release()
 
 

@@ -31,6 +31,10 @@ from qemu_postcopy.errors import (
 LISTENING = "listening"
 #: More than a thousand blocks and threads need.
 RECORD_BYTES_MAX = 16 << 20
+#: Recorded where nobody is served any more.
+ENDS = ("detached", "failed", "gone")
+#: What a monitor's address begins with where libvirt runs the guest.
+LIBVIRT = "libvirt:"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
 
@@ -149,6 +153,11 @@ class RunDirectory:
             return ""
 
     @property
+    def _disposable(self) -> Path:
+        """Names the image that goes with the guest."""
+        return self.path / "disposable-image"
+
+    @property
     def sidecar_log(self) -> Path:
         """What the sidecar had to say."""
         return self.path / "sidecar.log"
@@ -187,7 +196,7 @@ class RunDirectory:
                         hint=f"choose another name by --name, or end it: kill {record.pid}",
                     )
                 directory._take_lock()
-                shutil.rmtree(directory.path)
+                directory.remove()
             directory.path.mkdir(mode=0o700)
             directory._take_lock()
         except OSError as error:
@@ -244,7 +253,45 @@ class RunDirectory:
         """Removes a directory in which nothing was restored, or a VMM was waited for in vain."""
         record = self.read_record(missing_ok=True)
         if record is None or record.state == LISTENING:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self.remove()
+
+    def remove(self) -> None:
+        """Removes the directory, and the image that was made for its guest only."""
+        self.discard_image()
+        for path in self.path.glob("*"):
+            if path.is_fifo():
+                # Who waits for a writer in open(2) of it waits for ever once the name is gone.
+                with suppress(OSError):
+                    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                    path.unlink()
+                    os.close(descriptor)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def note_disposable(self, image: Path) -> None:
+        """That image is made for this guest, and of no use once it has all of its memory."""
+        self._disposable.write_text(str(image.absolute()))
+
+    def discard_image(self) -> None:
+        """Removes the image that was noted, or what a killed program has made of it."""
+        from qemu_postcopy.image.writer import remove_leftovers
+
+        with suppress(OSError):
+            image = Path(self._disposable.read_text())
+            shutil.rmtree(image, ignore_errors=True)
+            remove_leftovers(image)
+            self._disposable.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """For whoever has served, and has the lock: removes what the guest needs no longer; all of
+        it where the guest was a domain of libvirt's and has ended, since libvirt tells of that."""
+        record = self.read_record(missing_ok=True)
+        if record is None:
+            return
+        alive = self.guest_alive(record)
+        if not alive or record.state in ENDS:
+            self.discard_image()
+        if not alive and record.qmp.startswith(LIBVIRT) and record.state != "failed":
+            self.remove()
 
     @classmethod
     def find(cls, name: str, base: Path | None = None) -> Self:
@@ -330,6 +377,17 @@ def list_directories(base: Path | None = None) -> list[RunDirectory]:
             if (path / "session.json").exists() and path.stat().st_uid == os.geteuid():
                 found.append(RunDirectory(path))
     return found
+
+
+def remove_ended(base: Path | None = None) -> None:
+    """Removes what is left of libvirt's domains that ended when no sidecar was there to do so."""
+    for directory in list_directories(base):
+        with suppress(PostcopyError, OSError):
+            directory.lock()
+            try:
+                directory.tidy()
+            finally:
+                directory.release()
 
 
 def _check_owner(path: Path) -> None:
