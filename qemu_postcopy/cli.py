@@ -26,6 +26,11 @@ from qemu_postcopy.errors import GuestEndedError, PostcopyError, UsageError
 ELSEWHERE = {
     "doctor": ("qemu_postcopy.doctor.commands", "doctor_command", "What this host can do."),
     "image": ("qemu_postcopy.image.commands", "image_commands", "Look into and convert images."),
+    "libvirt": (
+        "qemu_postcopy.libvirt.group",
+        "libvirt_commands",
+        "Settings and hooks of libvirt.",
+    ),
     "bench": ("qemu_postcopy.bench.commands", "bench_commands", "Measure this host."),
     "images": ("qemu_postcopy.images.commands", "images_commands", "Build test guests."),
     "serve": ("qemu_postcopy.serve", "serve_command", "Serve a VMM's own userfaultfd."),
