@@ -517,11 +517,16 @@ def recover(
     if bool(names) == everyone:
         raise UsageError("name the guests, or give --all", hint="see: qemu-postcopy status")
     runs = [RunDirectory.find(name) for name in names]
-    if everyone:
-        for run in list_directories():
+    failed: PostcopyError | None = None
+    for run in list_directories() if everyone else []:
+        try:
             record = run.read_record()
-            if record is not None and needs_sidecar(run, record) and not run.is_served():
-                runs.append(run)
+        except PostcopyError as error:  # its damage is no reason to let the others wait
+            click.echo(f"{run.name}: {error.message}", err=True)
+            failed = error
+            continue
+        if record is not None and needs_sidecar(run, record) and not run.is_served():
+            runs.append(run)
     if foreground:
         if len(runs) != 1:
             raise UsageError("--foreground serves one guest", hint="name it")
@@ -529,7 +534,6 @@ def recover(
             supervisor.start(runs[0])
         sys.exit(process.serve(process.recovering(runs[0]), sys.stderr))
     results = []
-    failed: PostcopyError | None = None
     for run in runs:
         began = time.monotonic()
         sidecar = process.spawn(process.recovering(run), run)

@@ -87,11 +87,9 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
         return entry
     try:
         answer = ask(directory.control_socket, "status", timeout=timeout)
-    except SidecarError as error:
-        trouble = (
-            f"its sidecar does not answer, so the guest waits: {error.message}; "
-            f"qemu-postcopy recover {directory.name} starts another"
-        )
+    except SidecarError:
+        why, what = directory.silent_sidecar(record)
+        trouble = f"{why}: {what}"
         if failed := directory.supervisor_trouble():
             trouble += f"; {failed}"
         return {**entry, "state": "waiting", "trouble": trouble}

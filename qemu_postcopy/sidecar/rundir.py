@@ -226,6 +226,20 @@ class RunDirectory:
         """
         self._take_lock()
 
+    def is_lost(self) -> bool:
+        """Whether it was removed, or replaced, while this process has the lock; or the ledger was.
+
+        Then no other sidecar could take over from this one.
+        """
+        return not self._is_ours() or not self.ledger.exists()
+
+    def _is_ours(self) -> bool:
+        """Whether the path still leads to the directory that this process has locked, if it has."""
+        try:
+            return self._lock < 0 or os.path.samestat(self.path.stat(), os.fstat(self._lock))
+        except OSError:
+            return False
+
     def wait_unserved(self) -> None:
         """Returns when nobody restores or serves the guest; this process then has the lock."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -236,7 +250,8 @@ class RunDirectory:
         """Whether a process holds the lock now."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared: so that two that ask at the same time do not see each other.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
@@ -284,7 +299,7 @@ class RunDirectory:
     def tidy(self) -> None:
         """For whoever has served, and has the lock: removes what the guest needs no longer; all of
         it where the guest was a domain of libvirt's and has ended, since libvirt tells of that."""
-        record = self.read_record(missing_ok=True)
+        record = self.read_record(missing_ok=True) if self._is_ours() else None
         if record is None:
             return
         alive = self.guest_alive(record)
@@ -308,7 +323,14 @@ class RunDirectory:
         raise SidecarError(f"no guest named {name} is known", hint=f"known in {base}: {names}")
 
     def write_record(self, record: SessionRecord) -> None:
-        """Replaces ``session.json`` in one step."""
+        """Replaces ``session.json`` in one step.
+
+        Raises:
+            OSError: it cannot be written; or this process serves a guest whose directory was
+                removed, and what is there now is another guest's.
+        """
+        if not self._is_ours():
+            raise FileNotFoundError(errno.ENOENT, "its directory was removed")
         temporary = self.path / "session.json.new"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -336,6 +358,21 @@ class RunDirectory:
             raise SidecarError(f"{path} is missing", hint="the guest was never restored") from None
         except (ValueError, TypeError) as error:
             raise SidecarError(f"{path} is damaged: {error}") from error
+
+    def silent_sidecar(self, record: SessionRecord) -> tuple[str, str]:
+        """Why nobody answers at the control socket, and what to do about it, both in words."""
+        recover = f"qemu-postcopy recover {self.name}"
+        if not self.is_served():
+            return "its sidecar has died, so the guest waits", f"{recover} starts another"
+        pid = record.sidecar_pid
+        match _process_state(pid):
+            case "":
+                return "another sidecar takes over", "ask again in a moment"
+            case "T" | "t":
+                what = f"its sidecar (PID {pid}) is stopped, so the guest waits"
+                return what, f"kill -CONT {pid} lets it go on"
+        what = f"its sidecar (PID {pid}) lives and does not answer"
+        return what, f"if it goes on like that: kill -KILL {pid}, then {recover}"
 
     @staticmethod
     def guest_alive(record: SessionRecord) -> bool:
@@ -388,6 +425,17 @@ def remove_ended(base: Path | None = None) -> None:
                 directory.tidy()
             finally:
                 directory.release()
+
+
+def _process_state(pid: int) -> str:
+    """The letter of proc(5), field 3 of /proc/PID/stat; empty where there is no such process, or
+    only its exit status is left."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return ""
+    state = text[text.rindex(b")") + 2 :][:1].decode()
+    return "" if state in "ZX" else state
 
 
 def _check_owner(path: Path) -> None:
