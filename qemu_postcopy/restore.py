@@ -36,8 +36,12 @@ from qemu_postcopy.sidecar.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from qemu_postcopy.image.image import Image
+    from qemu_postcopy.image.manifest import Manifest
 
 log = logging.getLogger(__name__)
+
+#: How long a guest that goes on is left alone with its faults.
+FIRST_STEPS_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class RestoreOptions:
     paused: bool = False
     verify: bool = False
     session: SessionOptions = field(default_factory=SessionOptions)
+
+    def launches_as_recorded(self, manifest: Manifest) -> bool:
+        """Whether QEMU is started just as the image says."""
+        recorded = manifest.launch.get("argv") or [None]
+        other_qemu = self.qemu is not None and self.qemu != recorded[0]
+        return not (other_qemu or self.command or self.extra_arguments)
 
     def run_name(self) -> str:
         """The name, or the one that the image's directory suggests."""
@@ -97,7 +107,8 @@ async def restore(
             if options.qmp is not None:
                 await session.find(options.qmp)
             else:
-                await session.launch(command_line(image.manifest, options, run))
+                argv = command_line(image.manifest, options, run)
+                await session.launch(argv, as_recorded=options.launches_as_recorded(image.manifest))
             session.attach()
             session.serve()
             await control.start()
@@ -133,10 +144,12 @@ async def resume(session: Session) -> None:
 async def serve_to_the_end(session: Session) -> None:
     """From the moment when the guest runs until it needs no sidecar any more."""
     session.start_background()
+    complete = asyncio.Event()
     # A guest that waits for a page under QEMU's lock keeps QEMU from answering.
-    learning = asyncio.create_task(_learn_threads(session))
+    learning = asyncio.create_task(_learn_threads(session, complete))
     try:
         await session.wait_complete()
+        complete.set()
         await learning
     finally:
         learning.cancel()
@@ -144,7 +157,12 @@ async def serve_to_the_end(session: Session) -> None:
     session.detach()
 
 
-async def _learn_threads(session: Session) -> None:
+async def _learn_threads(session: Session, complete: asyncio.Event) -> None:
+    """Asks QEMU a few questions, and leaves its monitor to others: not while the guest does its
+    first steps, which QEMU's answers would slow down."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FIRST_STEPS_SECONDS):
+            await complete.wait()
     await session.learn_threads()
     await session.release_monitor()
 
@@ -269,7 +287,8 @@ def handlers(session: Session) -> dict[str, Any]:
         enabled, rate = request.get("enabled"), request.get("rate", 0)
         if not isinstance(enabled, bool) or not isinstance(rate, int) or not 0 <= rate < 1 << 60:
             raise UsageError('"enabled" must be true or false, "rate" bytes per second')
-        session.set_background(enabled, rate)
+        if session.pager is not None:
+            session.pager.set_background(enabled, rate)
         return {}
 
     async def chaos(request: dict[str, Any]) -> dict[str, Any]:

@@ -17,21 +17,24 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qemu_postcopy.errors import (
+    AttachError,
     GuestEndedError,
     HostError,
     ImageError,
     LaunchError,
     MismatchError,
     PostcopyError,
+    QmpError,
     SidecarError,
     StateError,
     TargetGoneError,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.paging.prefetch import WorkingSet
     from qemu_postcopy.paging.source import Source
     from qemu_postcopy.vm.attach import TakenDescriptor
+    from qemu_postcopy.vm.gate import Gate
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
     from qemu_postcopy.vm.monitor import Monitor
@@ -89,8 +93,6 @@ ENTRANCES: dict[State, frozenset[State]] = {
 
 #: How long a guest runs before its first faults are noted.
 WORKING_SET_SECONDS = 1.0
-#: How often it is looked whether the run directory is still there.
-DIRECTORY_SECONDS = 3.0
 #: How long a taken-over guest's monitor may take to answer; an operator may be using it.
 MONITOR_SECONDS = 1.0
 #: States in which there is a guest to lose.
@@ -190,6 +192,10 @@ class Session:
         self._owned: QemuProcess | None = None
         self._qmp: Monitor | None = None
         self._layout: list[RamBlock] = []
+        #: what a launched QEMU loads its state through
+        self._gate: Gate | None = None
+        #: the one block, where it was seen before QEMU could be asked
+        self._foreseen: RamBlock | None = None
         #: how the userfaultfd is had
         self.attached_by = "ptrace"
         self._way: AttachWay | None = None
@@ -205,12 +211,15 @@ class Session:
         self.chaos_sources: list[ChaosSource] = []
         self._ledger: Ledger | None = None
         self._working_set: WorkingSet | None = None
+        self._working_set_kept = False
         #: once there is a pager
         self.accounts: Accounts | None = None
         self._resumed = False
         #: why the guest was loaded and not let run
         self._failure: PostcopyError | None = None
         self._asked_async: bool | None = None
+        # QEMU let it run by itself, when its state was loaded.
+        self._runs = False
         # Taken over, and not known yet whether there is a guest: then it counts as one.
         self._unsettled = False
         self._owned_before = False
@@ -222,10 +231,15 @@ class Session:
 
     # --- the steps -------------------------------------------------------------------------------
 
-    async def launch(self, argv: list[str]) -> None:
-        """Starts QEMU (``argv`` without monitor) and checks that it fits.
+    async def launch(self, argv: list[str], *, as_recorded: bool = False) -> None:
+        """Starts QEMU and checks that it fits.
 
         Everything that needs no answer from QEMU is done while QEMU starts: it takes 30 to 50 ms.
+
+        Args:
+            argv: without monitor, with ``-incoming defer`` (spec.restore_arguments).
+            as_recorded: it is the image's own command line: where that is plain, QEMU loads through
+                a gate, and what the command line makes certain is not asked.
 
         Raises:
             LaunchError: it did not start; carries its output.
@@ -233,6 +247,9 @@ class Session:
             AttachError: rights are missing.
         """
         from qemu_postcopy.paging import registration
+        from qemu_postcopy.vm.fit import check_version, launch_failure
+        from qemu_postcopy.vm.foresight import foreseeable
+        from qemu_postcopy.vm.gate import Gate
         from qemu_postcopy.vm.launch import launch
         from qemu_postcopy.vm.spec import memory_files
 
@@ -244,39 +261,91 @@ class Session:
         self._features = registration.kernel_features()
         self._way = way = self._choose_way()
         self.attached_by = way.name
+        passed = []
+        if as_recorded and way.name == "ptrace" and foreseeable(argv, self.image.manifest):
+            self._gate = Gate()
+            self._cleanup.callback(self._gate.close)
+            argv = self._gate.put_into(argv)
+            passed.append(self._gate.reader)
         self.launched_ns = time.monotonic_ns()
         self._try_record()  # before there is a QEMU that nobody would know of
         taking: asyncio.Future[None] | None = None
+        too_late = threading.Event()
         try:
-            self._owned = launch(argv, self.run.path, environment=way.environment())
+            self._owned = launch(
+                argv, self.run.path, pass_descriptors=passed, environment=way.environment()
+            )
+            if self._gate is not None:
+                self._gate.close_reader()
             self._cleanup.callback(self._owned.close)
             self.identity = self._owned.identity
             # The descriptor is opened while QEMU starts, by one of its helper threads.  Our thread
             # that does it ends here: rights are dropped thread by thread.
-            with ThreadPoolExecutor(1) as executor:
-                loop = asyncio.get_running_loop()
-                taking = loop.run_in_executor(executor, self._take_userfaultfd_early)
-                try:
-                    await self._prepare_and_connect()
-                finally:
-                    way.settle()
-                    # What went wrong there counts only if QEMU itself has come up.
-                    await asyncio.wait({taking})
+            executor = ThreadPoolExecutor(1)
+            taking = asyncio.get_running_loop().run_in_executor(
+                executor, self._take_userfaultfd_early, too_late
+            )
+            executor.shutdown(wait=False)
+            try:
+                version = await self._prepare_and_wait(taking)
+            finally:
+                too_late.set()
+                way.settle()
+                # What went wrong there counts only if QEMU itself has come up.
+                await asyncio.wait({taking})
             taking.result()
+            self._target = way.target(self.identity)
+            if self._target is not self.identity:
+                self._cleanup.callback(self._target.close)
+            self._presume_foreseen()
+            if self._presumed:
+                check_version(version[:2], self.image.manifest, self.options.allow_newer_qemu)
+            else:
+                self._qmp = await self._owned.connect()
+                await self._check_fit()
         except LaunchError as error:
-            from qemu_postcopy.vm.fit import launch_failure
-
             failure = taking.exception() if taking is not None else None
             if way.ends_qemu and failure and not isinstance(failure, TargetGoneError):
                 raise failure from error
             raise launch_failure(error, self.image.manifest) from error
-        self._target = way.target(self.identity)
-        if self._target is not self.identity:
-            self._cleanup.callback(self._target.close)
-        await self._check_fit()
         way.require_complete(self._layout)
         log.info("QEMU is got at by %s", way.name)
         self._enter(State.FOUND)
+
+    async def _prepare_and_wait(self, taking: asyncio.Future[None]) -> tuple[int, ...]:
+        """What can be done while QEMU starts; returns QEMU's version when it has."""
+        from qemu_postcopy.vm import async_page_faults, layout, migration
+        from qemu_postcopy.vm.fit import QUESTIONS
+
+        assert self._owned is not None
+        # From here on there is a QEMU; whoever comes after us must be able to end it.
+        self._try_record()
+        self._prepare()
+        if self._gate is None:
+            self._owned.ask_ahead((*QUESTIONS, *migration.LOAD_QUESTIONS), self._device_state)
+        else:
+            questions = [
+                *layout.confirming_questions(self.image.manifest.qemu_version),
+                migration.EVENTS_QUESTION,
+            ]
+            if self._asked_for_async():
+                questions += async_page_faults.QUESTIONS
+            self._owned.ask_ahead(questions)
+        starting = asyncio.create_task(self._owned.ready())
+        try:
+            either: set[asyncio.Future[Any]] = {starting, taking}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            self._presume_foreseen()
+            return await starting
+        finally:
+            starting.cancel()
+            await asyncio.wait({starting})
+
+    def _presume_foreseen(self) -> None:
+        """Prepares for the layout that was seen, if one was and this was not done before."""
+        if self._foreseen is not None and not self._presumed:
+            self._layout, self._presumed = [self._foreseen], True
+            self._prepare_serving()
 
     async def find(self, qmp_path: Path) -> None:
         """Takes a QEMU that somebody else started with ``-incoming defer``.
@@ -347,27 +416,32 @@ class Session:
         Raises:
             AttachError: a page is there already, or another userfaultfd has the memory.
         """
-        from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
         from qemu_postcopy.vm.attach import drop_ptrace_rights
 
         self._require(State.SERVING)
-        blocks = self._pager_blocks()
-        self._ledger = Ledger.create(
-            self.run.ledger, [LedgerBlock(b.name, b.page_size, b.length) for b in blocks]
-        )
-        self._cleanup.callback(self._ledger.close)
-        noting = self.options.uses_working_set() and self._working_set is None
-        pager = self._make_pager(blocks, note_first_faults=noting)
-        if self._working_set is not None:
-            pager.prefetch(self._working_set.pages(blocks))
-        if self.options.trace is not None:
-            self._known_accounts().record(self.options.trace)
+        if self.pager is None:
+            self._prepare_serving()
         self._register()
         # Before the pager's thread: each thread has rights of its own.
         if self.options.drop_rights:
             drop_ptrace_rights()
         self._started_pager().start()
         self._enter(State.SERVING)
+
+    def _prepare_serving(self) -> None:
+        """All of it that can be done before anything is registered."""
+        from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
+
+        blocks = self._pager_blocks()
+        self._ledger = Ledger.create(
+            self.run.ledger, [LedgerBlock(b.name, b.page_size, b.length) for b in blocks]
+        )
+        self._cleanup.callback(self._ledger.close)
+        pager = self._make_pager(blocks, note_first_faults=self.options.uses_working_set())
+        if self._working_set is not None:
+            pager.prefetch(self._working_set.pages(blocks))
+        if self.options.trace is not None:
+            self._known_accounts().record(self.options.trace)
 
     def take_over(self, record: SessionRecord) -> None:
         """Serves on a guest whose sidecar has died; all that was registered still is.
@@ -441,8 +515,13 @@ class Session:
 
         if record.state not in GUEST_STATES:
             # QEMU answers when it has loaded what it was given, which our serving lets it do.
-            self._qmp = await connect(self._monitor, timeout=migration.LOAD_SECONDS)
-            if not await migration.has_loaded(self._qmp):
+            try:
+                self._qmp = await connect(self._monitor, timeout=migration.LOAD_SECONDS)
+                loaded = await migration.has_loaded(self._qmp)
+            except QmpError:
+                await self._require_alive_still()
+                raise
+            if not loaded:
                 self._unsettled = False
                 raise StateError(
                     f"the restore of {self.run.name} had not come so far as a guest",
@@ -457,6 +536,14 @@ class Session:
         self._enter(State.RUNNING)
         return False
 
+    async def _require_alive_still(self) -> None:
+        """TargetGoneError if QEMU is about to end: it closes its monitor a moment before."""
+        assert self.identity is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MONITOR_SECONDS):
+                await self.wait_gone()
+        self.identity.require_alive()
+
     async def load_device_state(self) -> None:
         """Lets QEMU load everything but the memory.
 
@@ -467,15 +554,22 @@ class Session:
         from qemu_postcopy.vm import migration
 
         self._require(State.LOADED)
-        assert self._qmp is not None and self.identity is not None
+        assert self.identity is not None
         self.identity.require_alive()
         self._load_begun = True
         try:
-            await migration.load(self._qmp, self._device_state)
+            if self._gate is not None:
+                await self._load_through(self._gate)
+            else:
+                assert self._qmp is not None
+                self._runs = await migration.load(self._qmp, self._device_state)
+        except (AttachError, MismatchError, HostError):
+            raise
         except PostcopyError as error:
+            reason = "it ended" if isinstance(error, LaunchError) else error.message
             output = self._owned.output() if self._owned else ""
             raise MismatchError(
-                f"QEMU could not load the device state: {error.message}\n{output}".rstrip(),
+                f"QEMU could not load the device state: {reason}\n{output}".rstrip(),
                 hint="the devices on its command line must be those of the snapshot",
             ) from error
         self._enter(State.LOADED)
@@ -518,6 +612,45 @@ class Session:
             raise
         self._presumed = False
 
+    async def _load_through(self, gate: Gate) -> None:
+        """Lets all but the end in before QEMU has said where its memory is, if that was foreseen:
+        it may not finish before the answer is known to be the same.
+
+        Raises:
+            AttachError, MismatchError: it is another, or the guest would miss its interrupts.
+            HostError: session.json cannot be written.
+        """
+        from qemu_postcopy.image.device_state import end_of_sections
+        from qemu_postcopy.vm import migration
+
+        begin = 0
+        letting_in: asyncio.Task[None] | None = None
+        try:
+            if self._qmp is None:
+                begin = end_of_sections(self._device_state)
+                letting_in = asyncio.create_task(gate.let_in(self._device_state, 0, begin))
+                await asyncio.sleep(0)  # it begins now: QEMU waits for it
+                await self._confirm_foreseen()
+            self._try_record()
+            if letting_in is not None:
+                await letting_in
+        finally:
+            if letting_in is not None:
+                letting_in.cancel()
+                await asyncio.wait({letting_in})
+        assert self._qmp is not None
+        self._runs = await migration.load_through(self._qmp, gate, self._device_state, begin)
+
+    async def _confirm_foreseen(self) -> None:
+        from qemu_postcopy.vm import async_page_faults, layout
+
+        assert self._owned is not None
+        self._qmp = await self._owned.connect()
+        await layout.confirm(self._qmp, self._layout)
+        if self._asked_for_async():
+            await async_page_faults.require_offered(self._qmp)
+        self._presumed = False
+
     async def resume(self) -> None:
         """Lets the guest run, if QEMU has not done so by itself (without -S).
 
@@ -531,7 +664,8 @@ class Session:
         self._require(State.RUNNING)
         assert self._qmp is not None
         try:
-            await migration.let_run(self._qmp)
+            if not self._runs:
+                await migration.let_run(self._qmp)
         except migration.DiskHeldError as error:
             reason, hint = error.message, error.hint
             if self._owned is not None:
@@ -592,15 +726,7 @@ class Session:
     def fill_at_full_speed(self) -> None:
         """Fills the rest now, whatever the options say."""
         assert self.pager is not None
-        self.set_background(True, 0)
-
-    def set_background(self, enabled: bool, rate: int) -> None:
-        """From now on, and by whoever takes over; ``rate`` in bytes per second, 0 for no limit."""
-        if self.pager is not None:
-            self.pager.set_background(enabled, rate)
-        self.options = replace(self.options, background=enabled, background_rate=rate)
-        with contextlib.suppress(OSError, PostcopyError):
-            self.run.update_record(background=enabled, background_rate=rate)
+        self.pager.set_background(True, 0)
 
     async def release_monitor(self) -> None:
         """Gives the monitor back to its operators; it is not needed for serving."""
@@ -636,7 +762,6 @@ class Session:
         loop.add_reader(notify_fd, note)
         loop.add_reader(self.identity.pidfd, told.set)
         noting = loop.call_later(WORKING_SET_SECONDS, self._keep_working_set)
-        watching = asyncio.create_task(self._watch_directory())
         trouble = ""
         try:
             while True:
@@ -659,24 +784,8 @@ class Session:
             loop.remove_reader(notify_fd)
             loop.remove_reader(self.identity.pidfd)
             noting.cancel()
-            watching.cancel()
         self._keep_working_set()
         self._enter(State.COMPLETE)
-
-    async def _watch_directory(self) -> None:
-        """Fills the rest at full speed if the run directory is removed: no other sidecar could take
-        over any more, and nobody could find the guest."""
-        while True:
-            await asyncio.sleep(DIRECTORY_SECONDS)
-            if self.run.is_lost():
-                break
-        log.error(
-            "%s was removed: filling the rest of the guest's memory now, since nobody could take "
-            "over from this process (%d); do not kill it before it has ended",
-            self.run.path,
-            os.getpid(),
-        )
-        self.fill_at_full_speed()
 
     async def wait_gone(self) -> None:
         """Returns when QEMU has ended; the pager serves all the while."""
@@ -762,7 +871,9 @@ class Session:
         self.state = state
         elapsed = time.monotonic() - self._began
         # A QEMU of somebody else is to be left as it was found, so its descriptor must be known.
-        if state in RECORDED or (state is State.ATTACHED and self._owned is None):
+        wanted = state in RECORDED or (state is State.ATTACHED and self._owned is None)
+        # Behind a gate there is no guest before the end is let in: it is time enough then.
+        if wanted and not (state is State.SERVING and self._gate is not None):
             self._try_record()
         if self._listener is not None:
             self._listener(StateChange(state, elapsed))
@@ -860,18 +971,6 @@ class Session:
             self._sources[key] = (source, offset, data_bitmap(fd, offset, size, page_size))
         return self._sources[key]
 
-    async def _prepare_and_connect(self) -> None:
-        """What can be done while QEMU starts, and its answers as soon as it has started."""
-        from qemu_postcopy.vm.fit import QUESTIONS
-        from qemu_postcopy.vm.migration import LOAD_QUESTIONS
-
-        assert self._owned is not None
-        # From here on there is a QEMU; whoever comes after us must be able to end it.
-        self._try_record()
-        self._prepare()
-        self._owned.ask_ahead((*QUESTIONS, *LOAD_QUESTIONS), self._device_state)
-        self._qmp = await self._owned.connect()
-
     def _pager_blocks(self) -> list[PagerBlock]:
         from qemu_postcopy.paging.pager import PagerBlock
 
@@ -954,20 +1053,24 @@ class Session:
         self._cleanup.callback(way.close)
         return way
 
-    def _take_userfaultfd_early(self) -> None:
+    def _take_userfaultfd_early(self, too_late: threading.Event) -> None:
+        from qemu_postcopy.vm.foresight import foresee
+
         assert self.identity is not None and self._way is not None
         self._keep_userfaultfd(self._way.take(self.identity))
+        if self._gate is not None:
+            self._foreseen = foresee(self.identity, self.image.manifest, too_late)
 
     def _keep_working_set(self) -> None:
-        """Notes what the guest wanted first, if that is not known yet and it did run."""
+        """Notes what the guest wanted first and had not been filled ahead, if it did run."""
         from qemu_postcopy.paging.prefetch import WorkingSet
 
-        if self._working_set is not None or self.pager is None or not self._resumed:
+        if self.pager is None or not self._resumed or self._working_set_kept:
             return
+        self._working_set_kept = True
         found = WorkingSet.of(self.image.manifest.state.sha256, self.pager)
         if found.places:
-            self._working_set = found
-            found.write()
+            found.followed_by(self._working_set).write()
 
     def _take_userfaultfd(self) -> None:
         from qemu_postcopy.vm.attach import take_userfaultfd

@@ -137,8 +137,8 @@ int qpc_pager_prefetch(struct qpc_pager *pager, const struct qpc_pager_page *pag
 
 /*
  * The pages of the first faults, in their order: those of the first tenth of a second after the very
- * first one, at most QPC_PAGER_FIRST_FAULTS. While they are noted a fault fills no more than its own
- * page, else most pages that the guest wants would not show. ret has room for so many; returns how
+ * first one, at most QPC_PAGER_FIRST_FAULTS. While they are noted, and nothing was filled ahead, a
+ * fault fills no more than its own page, else most pages that the guest wants would not show. ret has room for so many; returns how
  * many there are. May be called at any time, from any thread.
  */
 uint32_t qpc_pager_first_faults(const struct qpc_pager *pager, struct qpc_pager_page *ret);

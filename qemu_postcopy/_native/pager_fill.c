@@ -275,10 +275,10 @@ static int find_data_run(const struct block *b, uint64_t page, uint64_t *first, 
     return 1;
 }
 
-/* Pages filled for one fault. */
+/* Pages filled for one fault; one alone while it is noted for the first time what a guest wants. */
 static uint64_t pages_per_fault(const struct qpc_pager *p, const struct block *b)
 {
-    if (p->noting_first_faults || p->chunk_size <= b->is.page_size)
+    if ((p->noting_first_faults && !p->prefetch) || p->chunk_size <= b->is.page_size)
         return 1;
     return p->chunk_size >> b->page_shift;
 }

@@ -74,8 +74,22 @@ def read_device_part(
     return DevicePart(devices, description)
 
 
-def _read_description(data: mmap.mmap, begin: int, end: int) -> tuple[int, dict[str, Any]]:
-    """Returns the offset of the EOF byte and the description that follows it.
+def end_of_sections(state: int) -> int:
+    """Where the EOF byte of a device state is (a descriptor, as :func:`open_device_state` has it).
+
+    QEMU takes a stream that ends before that byte for broken, and one that ends within the
+    description behind it for whole (qemu_loadvm_state, migration/savevm.c).
+
+    Raises:
+        ImageError: it has no description.
+    """
+    with mmap.mmap(state, 0, access=mmap.ACCESS_READ) as data:
+        head, _ = _find_description(data, 0, len(data))
+    return head
+
+
+def _find_description(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
+    """Returns the offsets of the EOF byte and of the description's JSON.
 
     The JSON has no NUL byte and its length is less than 2^24, so the last NUL of the stream is in
     the length field just before it, or in the EOF byte.
@@ -94,6 +108,12 @@ def _read_description(data: mmap.mmap, begin: int, end: int) -> tuple[int, dict[
             "the stream has no whole description at its end: it is truncated",
             "take a new snapshot; machine types without description (suppress-vmdesc) do not work",
         )
+    return head, brace
+
+
+def _read_description(data: mmap.mmap, begin: int, end: int) -> tuple[int, dict[str, Any]]:
+    """Returns the offset of the EOF byte and the description that follows it."""
+    head, brace = _find_description(data, begin, end)
     try:
         description = json.loads(data[brace:end])
     except (ValueError, RecursionError):

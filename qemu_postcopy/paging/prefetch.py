@@ -2,9 +2,9 @@
 
 Step "serve" of the flow.  At the first restore of an image the pages of the first tenth of a second
 are noted, in a file of the user's cache directory (an image itself is never written); at later
-ones they are filled before the guest asks.  It is a hint and nothing else: what it names is filled
-from the image like any other page, so a file that is missing, old or damaged costs time only.  Runs
-in the control plane.
+ones they are filled before the guest asks, and what it still asks for then is noted too.  It is a
+hint and nothing else: what it names is filled from the image like any other page, so a file that is
+missing, old or damaged costs time only.  Runs in the control plane.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ class WorkingSet:
                 for number, page in pager.first_faults()
             ),
         )
+
+    def followed_by(self, known: WorkingSet | None) -> WorkingSet:
+        """This one and what was known before: what was wanted although the known was there comes
+        first, since it comes again; what is then too much was wanted last."""
+        places = dict.fromkeys((*self.places, *(known.places if known is not None else ())))
+        return WorkingSet(self.key, tuple(places)[:FIRST_FAULTS])
 
     def write(self) -> None:
         """Keeps it for the next restore.  Nothing depends on it, so a failure is logged only."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qemu_postcopy.errors import LaunchError, MismatchError
+from qemu_postcopy.vm.opening import Question
 
 if TYPE_CHECKING:
     from qemu_postcopy.image.image import Image
@@ -34,6 +35,12 @@ PROPERTY = "kvm-asyncpf-int"
 #: set the vector of its interrupt (vmstate_msr_async_pf_int, target/i386/machine.c).
 _SUBSECTION = b"\x05\x14cpu/async_pf_int_msr"
 _X86 = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kvm")
+
+#: What :func:`require_offered` most likely asks, to be asked ahead.
+QUESTIONS: tuple[Question, ...] = (
+    ("query-cpus-fast", None),
+    ("qom-get", {"path": "/machine/unattached/device[0]", "property": PROPERTY}),
+)
 
 #: `on`: the guest takes part; `offered`: it could, and had not asked when it was saved; `off`: its
 #: CPU does not offer them.

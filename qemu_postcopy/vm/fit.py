@@ -49,7 +49,7 @@ async def check_fit(
             that cannot be paged.
         AttachError: its RAM is of a kind that cannot be paged.
     """
-    _check_version(qmp.version[:2], manifest, allow_newer)
+    check_version(qmp.version[:2], manifest, allow_newer)
     status, architecture, machine, reasons, layout = await asyncio.gather(
         qmp.status(),
         qmp.target(),
@@ -94,7 +94,9 @@ def launch_failure(error: LaunchError, manifest: Manifest) -> PostcopyError:
     )
 
 
-def _check_version(version: tuple[int, ...], manifest: Manifest, allow_newer: bool) -> None:
+def check_version(version: tuple[int, ...], manifest: Manifest, allow_newer: bool) -> None:
+    """Raises MismatchError for a QEMU (major, minor) that the image's guest cannot be sure to run
+    in."""
     recorded = manifest.qemu_version
     if recorded is None:  # imported from a file that does not tell
         return

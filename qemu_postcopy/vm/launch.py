@@ -32,7 +32,7 @@ from qemu_postcopy.errors import (
 from qemu_postcopy.vm.process import ProcessIdentity
 
 if TYPE_CHECKING:
-    from qemu_postcopy.vm.opening import Question
+    from qemu_postcopy.vm.opening import OpeningReader, Question
     from qemu_postcopy.vm.qmp import Qmp
 
 CONTROL_ID = "qpc-control"
@@ -95,7 +95,7 @@ class QemuProcess:
         self.qmp_path = run_dir / SOCKET_NAME
         self._control: socket.socket | None = control
         self._returncode: int | None = None
-        self._asked: Sequence[Question] | None = None
+        self._asked: OpeningReader | None = None
 
     @property
     def pid(self) -> int:
@@ -111,14 +111,29 @@ class QemuProcess:
 
         ``descriptor`` goes with a `getfd` among them.
         """
-        from qemu_postcopy.vm.opening import ask_ahead
+        from qemu_postcopy.vm.opening import OpeningReader, ask_ahead
 
         if self._control is None:
             raise UsageError("the control monitor was taken before", hint="Connect to qmp_path.")
         # A QEMU that has ended already is noticed by connect().
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             ask_ahead(self._control, questions, descriptor)
-        self._asked = questions
+        self._asked = OpeningReader(self._control, questions)
+
+    async def ready(self, timeout: float = READY_SECONDS) -> tuple[int, int, int]:
+        """Waits until QEMU does what it is asked, and returns its version; after :meth:`ask_ahead`
+        and before :meth:`connect`.
+
+        Raises: LaunchError, as :meth:`connect`.
+        """
+        assert self._asked is not None
+        try:
+            async with asyncio.timeout(timeout):
+                greeting = await self._asked.ready()
+        except (QmpError, TimeoutError) as error:
+            raise await self._not_ready() from error
+        numbers = greeting["QMP"]["version"]["qemu"]
+        return numbers["major"], numbers["minor"], numbers["micro"]
 
     async def connect(self, timeout: float = READY_SECONDS) -> Qmp:
         """Waits until QEMU is ready and returns its monitor, which can be had once.
@@ -136,14 +151,17 @@ class QemuProcess:
             qmp = await Qmp.connect(control, timeout, self._asked)
         except QmpError as error:
             control.close()
-            # A QEMU that has closed its monitor is about to end, and only then has said why.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    await self.wait_exit()
-            raise self._launch_error("QEMU did not become ready") from error
+            raise await self._not_ready() from error
         # QEMU made this socket with the umask it inherited; the directory kept others out.
         self.qmp_path.chmod(0o600)
         return qmp
+
+    async def _not_ready(self) -> LaunchError:
+        # A QEMU that has closed its monitor is about to end, and only then has said why.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await self.wait_exit()
+        return self._launch_error("QEMU did not become ready")
 
     def _launch_error(self, message: str) -> LaunchError:
         code = self.poll()

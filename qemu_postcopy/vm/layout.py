@@ -19,6 +19,7 @@ from typing import Literal
 
 from qemu_postcopy.errors import AttachError, QmpError
 from qemu_postcopy.vm.monitor import Monitor
+from qemu_postcopy.vm.opening import Question
 from qemu_postcopy.vm.process import FileKey, Mapping, ProcessIdentity
 
 Backing = Literal["anonymous", "memfd", "file", "hugetlb"]
@@ -210,6 +211,13 @@ async def _address_of(qmp: Monitor, block: ListedBlock, ranges: Iterable[FlatRan
     return begins.pop()
 
 
+def confirming_questions(version: str | None) -> tuple[Question, ...]:
+    """What :func:`confirm` most likely asks of a QEMU of that version, to be asked ahead."""
+    states_addresses = version is not None and tuple(map(int, version.split(".")[:2])) >= (8, 1)
+    words = ("info ramblock",) if states_addresses else ("info ramblock", "gpa2hva 0")
+    return tuple(("human-monitor-command", {"command-line": word}) for word in words)
+
+
 async def confirm(qmp: Monitor, presumed: Sequence[RamBlock]) -> None:
     """Checks a layout that was had without QEMU's word against QEMU's own; reads nothing of /proc.
 
@@ -222,6 +230,11 @@ async def confirm(qmp: Monitor, presumed: Sequence[RamBlock]) -> None:
         if stated is None:
             raise _refused(block.name, "QEMU knows no such block")
         address = stated.address
+        if address is None:
+            # A block that lies where the guest's first page does begins with it.
+            match = HOST_ADDRESS.fullmatch(await qmp.human("gpa2hva 0"))
+            if match is not None and match[1] == block.name and int(match[2], 16) == block.address:
+                address = block.address
         if address is None:
             if ranges is None:
                 ranges = parse_flat_view(await qmp.human("info mtree -f"))

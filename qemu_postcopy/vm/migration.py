@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from qemu_postcopy.errors import MismatchError, QmpError, StateError
+from qemu_postcopy.vm.gate import Gate
 from qemu_postcopy.vm.monitor import CommandError, EventListener, Message, Monitor
 from qemu_postcopy.vm.opening import Question
 
@@ -41,9 +42,10 @@ LOAD_SECONDS = 120.0
 NOT_BEGUN_SECONDS = 1.0
 DESCRIPTOR_NAME = "qpc"
 EVENTS_ON = {"capabilities": [{"capability": "events", "state": True}]}
-#: What :func:`load` sends before its command, to be asked ahead with the descriptor.
+#: What a load sends before its command, to be asked ahead; `getfd` with the descriptor.
+EVENTS_QUESTION: Question = ("migrate-set-capabilities", EVENTS_ON)
 LOAD_QUESTIONS: tuple[Question, ...] = (
-    ("migrate-set-capabilities", EVENTS_ON),
+    EVENTS_QUESTION,
     ("getfd", {"fdname": DESCRIPTOR_NAME}),
 )
 ENDED = ("completed", "failed", "cancelled")
@@ -80,23 +82,50 @@ def _status(event: Message) -> str:
     return status
 
 
-async def load(qmp: Monitor, descriptor: int) -> None:
+async def load(qmp: Monitor, descriptor: int) -> bool:
     """Makes a QEMU in ``-incoming defer`` load the stream behind ``descriptor`` (stays open here).
+
+    Returns whether the guest is known to run: without -S QEMU lets it, and then may answer no
+    question any more, because the guest waits for a page under QEMU's lock.
 
     Raises:
         QmpError: QEMU refused the stream; with QEMU's words where it gave any.  It usually has
             ended then.
     """
     # Sent at once, answered in order. The capability stays on: QEMU then reports its migrations.
-    with qmp.listen("MIGRATION") as listener:
+    with qmp.listen("MIGRATION", "RESUME") as listener:
         await asyncio.gather(
-            qmp.execute("migrate-set-capabilities", EVENTS_ON),
+            qmp.execute(*EVENTS_QUESTION),
             qmp.send_descriptor(DESCRIPTOR_NAME, descriptor),
             qmp.execute("migrate-incoming", {"uri": f"fd:{DESCRIPTOR_NAME}"}),
         )
-        event = await listener.wait(lambda e: _status(e) in ENDED, timeout=LOAD_SECONDS)
+        return await _loaded(listener)
+
+
+async def load_through(qmp: Monitor, gate: Gate, descriptor: int, begin: int) -> bool:
+    """The same for a QEMU whose stream waits behind a gate: lets in what is behind ``begin``.
+
+    Returns and raises as :func:`load`.
+    """
+    # QEMU tells by itself: to be asked now would keep it from the guest's first steps.
+    await qmp.execute(*EVENTS_QUESTION)
+    with qmp.listen("MIGRATION", "RESUME") as listener:
+        await gate.let_in(descriptor, begin, os.fstat(descriptor).st_size)
+        gate.close()
+        return await _loaded(listener)
+
+
+async def _loaded(listener: EventListener) -> bool:
+    """Whether the guest runs already when its state is loaded: QEMU 7.2 to 10.0 let it run before
+    they call the migration completed (process_incoming_migration_bh)."""
+    event = await listener.wait(
+        lambda e: e["event"] == "RESUME" or _status(e) in ENDED, timeout=LOAD_SECONDS
+    )
+    if event["event"] == "RESUME":
+        return True
     if _status(event) != "completed":
         raise QmpError("QEMU failed to load the device state", hint="its log says why")
+    return False
 
 
 async def save(

@@ -53,48 +53,72 @@ def ask_ahead(
     assert sent == len(data)
 
 
-async def read_answers(monitor: socket.socket, questions: Sequence[Question]) -> Opening:
-    """The greeting and every answer, as soon as the last one is there.
+class OpeningReader:
+    """Reads what :func:`ask_ahead` has asked: first that QEMU is there, then all the answers.
 
-    Nothing beyond is taken from the socket but whole events, of which there are none that matter
-    before the first command of a restore.
-
-    Raises:
-        QmpError: QEMU closed its monitor, refused to negotiate, or sent what is no QMP.
+    Nothing is taken from the socket beyond the last answer but whole events, of which there are
+    none that matter before the end of a load.
     """
-    monitor.setblocking(False)
-    loop = asyncio.get_running_loop()
-    greeting: Mapping[str, Any] | None = None
-    answers: list[Mapping[str, Any]] = []
-    rest, total = b"", 0
-    while len(answers) <= len(questions) or rest:
+
+    def __init__(self, monitor: socket.socket, questions: Sequence[Question]) -> None:
+        self._monitor = monitor
+        self._questions = questions
+        self._greeting: Mapping[str, Any] | None = None
+        self._answers: list[Mapping[str, Any]] = []
+        self._rest = b""
+        self._total_bytes = 0
+
+    async def ready(self) -> Mapping[str, Any]:
+        """The greeting, as soon as QEMU has also answered: its machine is built then, and it does
+        what it is asked.
+
+        Raises:
+            QmpError: QEMU closed its monitor, refused to negotiate, or sent what is no QMP.
+        """
+        while not self._answers:
+            await self._read()
+        if self._greeting is None or "return" not in self._answers[0]:
+            raise _unusable("it does not negotiate")
+        return self._greeting
+
+    async def answers(self) -> Opening:
+        """The greeting and every answer, as soon as the last one is there.
+
+        Raises: QmpError, as :meth:`ready`.
+        """
+        greeting = await self.ready()
+        while len(self._answers) <= len(self._questions) or self._rest:
+            await self._read()
+        if len(self._answers) != len(self._questions) + 1:
+            raise _unusable("it answers what was not asked")
+        return Opening(
+            greeting,
+            {
+                key_of(*question): answer
+                for question, answer in zip(self._questions, self._answers[1:], strict=True)
+            },
+        )
+
+    async def _read(self) -> None:
+        self._monitor.setblocking(False)
         try:
-            data = await loop.sock_recv(monitor, READ_BYTES)
+            data = await asyncio.get_running_loop().sock_recv(self._monitor, READ_BYTES)
         except OSError as error:
             raise _unusable(str(error)) from error
-        total += len(data)
+        self._total_bytes += len(data)
         if not data:
             raise _unusable("it closed its monitor")
-        if total > LONGEST_OPENING_BYTES:
+        if self._total_bytes > LONGEST_OPENING_BYTES:
             raise _unusable("its answers have no end")
-        *lines, rest = (rest + data).split(b"\n")
+        *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             message = _message(line)
             if "QMP" in message:
-                greeting = message
+                self._greeting = message
             elif "return" in message or "error" in message:
-                answers.append(message)
+                self._answers.append(message)
             elif "event" not in message:
                 raise _unusable(f"it says what fits no question: {line[:200]!r}")
-    if greeting is None or "return" not in answers[0] or len(answers) != len(questions) + 1:
-        raise _unusable("it does not negotiate")
-    return Opening(
-        greeting,
-        {
-            key_of(*question): answer
-            for question, answer in zip(questions, answers[1:], strict=True)
-        },
-    )
 
 
 def _command(command: str, arguments: Mapping[str, Any] | None) -> str:

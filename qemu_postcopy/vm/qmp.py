@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from qemu.qmp import StateError as QmpStateError
 
 from qemu_postcopy.errors import AttachError, QmpError
 from qemu_postcopy.vm.monitor import CommandError, Message, Monitor
-from qemu_postcopy.vm.opening import Opening, Question, key_of, read_answers
+from qemu_postcopy.vm.opening import Opening, OpeningReader, key_of
 
 CONNECT_SECONDS = 10.0
 #: Put into a listener's queue when nothing can follow: qemu.qmp itself would wait for ever.
@@ -90,7 +90,7 @@ class Qmp(Monitor):
         cls,
         address: Path | str | socket.socket,
         timeout: float = CONNECT_SECONDS,
-        asked: Sequence[Question] | None = None,
+        asked: OpeningReader | None = None,
     ) -> Qmp:
         """Connects and negotiates.
 
@@ -99,8 +99,8 @@ class Qmp(Monitor):
                 by this object).
             timeout: in seconds, for connection and greeting. A monitor serves one client at a
                 time: a second one waits for a greeting that does not come.
-            asked: what :func:`qemu_postcopy.vm.opening.ask_ahead` has written to that socket
-                before; :meth:`execute` finds those answers here.
+            asked: reads the answers to what was written to that socket before, and
+                :meth:`execute` finds them here.
 
         Raises: QmpError
         """
@@ -120,8 +120,8 @@ class Qmp(Monitor):
         opening: Opening | None = None
         try:
             async with asyncio.timeout(timeout):
-                if asked is not None and isinstance(address, socket.socket):
-                    opening = await read_answers(address, asked)
+                if asked is not None:
+                    opening = await asked.answers()
                     client.await_greeting = client.negotiate = False
                 await client.connect(target)
         except TimeoutError as error:

@@ -7,7 +7,7 @@ read from /proc/PID/cmdline or from an image further than its syntax.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -257,6 +257,11 @@ def restore_arguments(argv: list[str], machine_type: str) -> list[str]:
     if not named:
         kept += ["-name", "debug-threads=on"]
     return [argv[0], *kept, "-incoming", "defer", "-S"]
+
+
+def options_of(argv: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Name (without dashes) and value of each option; a word that is none has the name ''."""
+    return [(argument.name, argument.value) for argument in _split(argv[1:])]
 
 
 def memory_files(argv: list[str]) -> list[str]:

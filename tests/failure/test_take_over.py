@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,8 @@ import inspect, os, signal, sys
 from qemu_postcopy import cli, session
 from qemu_postcopy.paging import registration
 from qemu_postcopy.vm import attach, launch, migration
+from qemu_postcopy.vm.gate import Gate
+from qemu_postcopy.vm.gate import Gate
 from qemu_postcopy.vm.qmp import Listener
 where = sys.argv.pop(1)
 stop = lambda: os.kill(os.getpid(), signal.SIGSTOP)
@@ -157,12 +160,23 @@ BEFORE_A_GUEST = [
 ]
 
 
+@pytest.fixture
+def other_qemu(snapshot: Snapshot, run_dir: Path) -> Path:
+    """The same QEMU, and not what the image was made by: it is asked everything."""
+    link = run_dir / "other" / Path(snapshot.qemu).name
+    link.parent.mkdir()
+    link.symlink_to(shutil.which(snapshot.qemu) or snapshot.qemu)
+    return link
+
+
 @pytest.mark.parametrize("where", BEFORE_A_GUEST)
-def test_killed_before_there_was_a_guest(where: str, lab: Lab, snapshot: Snapshot) -> None:
+def test_killed_before_there_was_a_guest(
+    where: str, lab: Lab, snapshot: Snapshot, other_qemu: Path
+) -> None:
     """The QEMU that was started is ended, and the name is free."""
     stopped = StoppedRestore(
         where, lab, "restore", "--foreground", "--name", "r", "--attach-by", "ptrace",
-        "--qemu", snapshot.qemu, snapshot.image,
+        "--qemu", other_qemu, snapshot.image,
     )  # fmt: skip
     stopped.kill()
     record = RunDirectory.find("r").read_record()
@@ -201,7 +215,7 @@ def test_killed_while_attaching_to_a_qemu_of_somebody_else(
 
 WITH_A_GUEST = [
     "before:Listener.wait",  # QEMU has been told to load, and does so
-    "after:migration.load",
+    "after:migration.load_through",
     "state:loaded",
     "state:running",
     "state:complete",
@@ -224,6 +238,20 @@ def test_what_was_begun_is_finished(where: str, lab: Lab, snapshot: Snapshot) ->
     goes_on_from(guest, snapshot)
     guest.console.wait_passes(2)
     assert status_of("r")["state"] == "detached"
+
+
+def test_what_was_begun_is_finished_by_a_qemu_that_was_asked(
+    lab: Lab, snapshot: Snapshot, other_qemu: Path
+) -> None:
+    stopped = StoppedRestore(
+        "after:migration.load", lab, "restore", "--foreground", "--name", "r",
+        "--qemu", other_qemu, snapshot.image,
+    )  # fmt: skip
+    stopped.kill()
+    guest = guest_of_record(lab, "r")
+    recover(guest)
+    guest.wait_sidecar_gone()
+    goes_on_from(guest, snapshot)
 
 
 def test_ctrl_backslash_leaves_the_guest_to_a_sidecar_in_the_background(

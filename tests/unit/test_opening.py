@@ -10,7 +10,13 @@ from collections.abc import Iterator
 import pytest
 
 from qemu_postcopy.errors import QmpError
-from qemu_postcopy.vm.opening import LONGEST_OPENING_BYTES, Opening, ask_ahead, key_of, read_answers
+from qemu_postcopy.vm.opening import (
+    LONGEST_OPENING_BYTES,
+    Opening,
+    OpeningReader,
+    ask_ahead,
+    key_of,
+)
 
 QUESTIONS = (("query-status", None), ("qom-get", {"path": "/machine", "property": "type"}))
 GREETING = {"QMP": {"version": {"qemu": {"major": 9, "minor": 1, "micro": 0}, "package": ""}}}
@@ -32,7 +38,7 @@ def answers_to(pair: tuple[socket.socket, socket.socket], *said: object) -> Open
 
     async def read() -> Opening:
         async with asyncio.timeout(10):
-            return await read_answers(ours, QUESTIONS)
+            return await OpeningReader(ours, QUESTIONS).answers()
 
     return asyncio.run(read())
 
@@ -108,7 +114,7 @@ def test_endless_answers_are_refused(pair: tuple[socket.socket, socket.socket]) 
         flooding = asyncio.create_task(flood())
         try:
             async with asyncio.timeout(30):
-                await read_answers(ours, QUESTIONS)
+                await OpeningReader(ours, QUESTIONS).answers()
         finally:
             flooding.cancel()
 
