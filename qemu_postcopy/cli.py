@@ -26,6 +26,11 @@ from qemu_postcopy.errors import GuestEndedError, PostcopyError, UsageError
 ELSEWHERE = {
     "doctor": ("qemu_postcopy.doctor.commands", "doctor_command", "What this host can do."),
     "image": ("qemu_postcopy.image.commands", "image_commands", "Look into and convert images."),
+    "libvirt": (
+        "qemu_postcopy.libvirt.group",
+        "libvirt_commands",
+        "Settings and hooks of libvirt.",
+    ),
     "bench": ("qemu_postcopy.bench.commands", "bench_commands", "Measure this host."),
     "images": ("qemu_postcopy.images.commands", "images_commands", "Build test guests."),
     "serve": ("qemu_postcopy.serve", "serve_command", "Serve a VMM's own userfaultfd."),
@@ -313,6 +318,11 @@ def restore(
 
         if command or qemu or qemu_arg:
             raise UsageError("libvirt starts QEMU itself", hint="change its XML instead: --xml")
+        if attach_by == "preload":
+            raise UsageError(
+                "--attach-by preload is for a QEMU of our own, and libvirt starts this one",
+                hint="leave it out",
+            )
         restore_by_libvirt(
             connect,
             image,
@@ -440,7 +450,7 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
     except PostcopyError:
         run.discard_unused()
         raise
-    record = run.read_record()
+    record = run.read_record(missing_ok=True)
     result = {
         "name": run.name,
         "run_directory": str(run.path),
@@ -507,11 +517,16 @@ def recover(
     if bool(names) == everyone:
         raise UsageError("name the guests, or give --all", hint="see: qemu-postcopy status")
     runs = [RunDirectory.find(name) for name in names]
-    if everyone:
-        for run in list_directories():
+    failed: PostcopyError | None = None
+    for run in list_directories() if everyone else []:
+        try:
             record = run.read_record()
-            if record is not None and needs_sidecar(run, record) and not run.is_served():
-                runs.append(run)
+        except PostcopyError as error:  # its damage is no reason to let the others wait
+            click.echo(f"{run.name}: {error.message}", err=True)
+            failed = error
+            continue
+        if record is not None and needs_sidecar(run, record) and not run.is_served():
+            runs.append(run)
     if foreground:
         if len(runs) != 1:
             raise UsageError("--foreground serves one guest", hint="name it")
@@ -519,7 +534,6 @@ def recover(
             supervisor.start(runs[0])
         sys.exit(process.serve(process.recovering(runs[0]), sys.stderr))
     results = []
-    failed: PostcopyError | None = None
     for run in runs:
         began = time.monotonic()
         sidecar = process.spawn(process.recovering(run), run)
@@ -599,6 +613,35 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
             click.echo(json.dumps(guests, indent=2))
         else:
             module.show(guests)
+
+
+@commands.command("list")
+@click.option("--prune", is_flag=True, help="Remove your stale run directories first.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+def list_command(prune: bool, as_json: bool) -> None:
+    """All guests of this host that are served, or have been.
+
+    Root sees those of every user. The name is the domain's, as libvirt or QEMU's command line has
+    it, with that of the run directory behind it (which `status`, `fill` and `recover` take) where
+    it differs. `stale`: the guest has ended, or never came to be; only its run directory is left,
+    for its log. The next restore of that name replaces it.
+
+    \b
+    Examples:
+      qemu-postcopy list
+      qemu-postcopy list --json | jq '.[] | select(.uuid != "") | .domain, .filled'
+      qemu-postcopy list --prune
+    """
+    from qemu_postcopy import listing
+
+    removed = listing.prune() if prune else []
+    entries = listing.collect()
+    if as_json:
+        click.echo(json.dumps(entries, indent=2))
+        return
+    if removed:
+        click.echo(f"removed: {', '.join(removed)}", err=True)
+    listing.show(entries)
 
 
 @commands.command()

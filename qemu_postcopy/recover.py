@@ -23,6 +23,7 @@ from qemu_postcopy.errors import (
     AttachError,
     GuestEndedError,
     PostcopyError,
+    SidecarError,
     StateError,
     TargetGoneError,
 )
@@ -34,7 +35,7 @@ from qemu_postcopy.restore import (
     serve_to_the_end,
 )
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
-from qemu_postcopy.sidecar.control import ControlServer
+from qemu_postcopy.sidecar.control import ControlServer, ask
 from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 #: A dead sidecar's helper, which stops a thread of QEMU for a moment, has the lock so much longer.
 LOCK_SECONDS = 5.0
 LOCK_POLL_SECONDS = 0.01
+#: A sidecar that lives answers within this time, unless it is stopped.
+MOMENT_SECONDS = 1.0
 #: Recorded states in which nobody needs a sidecar.
 OVER = (State.DETACHED, State.FAILED, State.GONE)
 #: Recorded states in which memory was not registered yet, so that there cannot be a guest.
@@ -113,6 +116,7 @@ async def recover(
                 await control.close()
                 await session.close()
     finally:
+        run.tidy()
         run.release()
 
 
@@ -123,11 +127,29 @@ async def _claim(run: RunDirectory) -> None:
         try:
             run.lock()
             return
-        except StateError:
+        except StateError as error:
             record = run.read_record()
             if record is None or _alive(record.sidecar_pid) or time.monotonic() > deadline:
-                raise
+                raise _served(run, record) from error
             await asyncio.sleep(LOCK_POLL_SECONDS)
+
+
+def _served(run: RunDirectory, record: SessionRecord | None) -> StateError:
+    """By whom, and what to do where that is no help: a stopped sidecar keeps its guest waiting."""
+    hint = "see: qemu-postcopy status"
+    if record is not None and not _answers(run):
+        why, what = run.silent_sidecar(record)
+        hint = f"{why}: {what}"
+    by = f" (PID {record.sidecar_pid})" if record is not None and record.sidecar_pid else ""
+    return StateError(f"{run.name} is being restored or served{by}", hint=hint)
+
+
+def _answers(run: RunDirectory) -> bool:
+    try:
+        ask(run.control_socket, "status", timeout=MOMENT_SECONDS)
+    except SidecarError:
+        return False
+    return True
 
 
 def _alive(pid: int) -> bool:

@@ -287,8 +287,7 @@ def handlers(session: Session) -> dict[str, Any]:
         enabled, rate = request.get("enabled"), request.get("rate", 0)
         if not isinstance(enabled, bool) or not isinstance(rate, int) or not 0 <= rate < 1 << 60:
             raise UsageError('"enabled" must be true or false, "rate" bytes per second')
-        if session.pager is not None:
-            session.pager.set_background(enabled, rate)
+        session.set_background(enabled, rate)
         return {}
 
     async def chaos(request: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,8 @@ ENTRANCES: dict[State, frozenset[State]] = {
 
 #: How long a guest runs before its first faults are noted.
 WORKING_SET_SECONDS = 1.0
+#: How often it is looked whether the run directory is still there.
+DIRECTORY_SECONDS = 3.0
 #: How long a taken-over guest's monitor may take to answer; an operator may be using it.
 MONITOR_SECONDS = 1.0
 #: States in which there is a guest to lose.
@@ -726,7 +728,15 @@ class Session:
     def fill_at_full_speed(self) -> None:
         """Fills the rest now, whatever the options say."""
         assert self.pager is not None
-        self.pager.set_background(True, 0)
+        self.set_background(True, 0)
+
+    def set_background(self, enabled: bool, rate: int) -> None:
+        """From now on, and by whoever takes over; ``rate`` in bytes per second, 0 for no limit."""
+        if self.pager is not None:
+            self.pager.set_background(enabled, rate)
+        self.options = replace(self.options, background=enabled, background_rate=rate)
+        with contextlib.suppress(OSError, PostcopyError):
+            self.run.update_record(background=enabled, background_rate=rate)
 
     async def release_monitor(self) -> None:
         """Gives the monitor back to its operators; it is not needed for serving."""
@@ -762,6 +772,7 @@ class Session:
         loop.add_reader(notify_fd, note)
         loop.add_reader(self.identity.pidfd, told.set)
         noting = loop.call_later(WORKING_SET_SECONDS, self._keep_working_set)
+        watching = asyncio.create_task(self._watch_directory())
         trouble = ""
         try:
             while True:
@@ -784,8 +795,24 @@ class Session:
             loop.remove_reader(notify_fd)
             loop.remove_reader(self.identity.pidfd)
             noting.cancel()
+            watching.cancel()
         self._keep_working_set()
         self._enter(State.COMPLETE)
+
+    async def _watch_directory(self) -> None:
+        """Fills the rest at full speed if the run directory is removed: no other sidecar could take
+        over any more, and nobody could find the guest."""
+        while True:
+            await asyncio.sleep(DIRECTORY_SECONDS)
+            if self.run.is_lost():
+                break
+        log.error(
+            "%s was removed: filling the rest of the guest's memory now, since nobody could take "
+            "over from this process (%d); do not kill it before it has ended",
+            self.run.path,
+            os.getpid(),
+        )
+        self.fill_at_full_speed()
 
     async def wait_gone(self) -> None:
         """Returns when QEMU has ended; the pager serves all the while."""

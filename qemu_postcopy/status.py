@@ -13,7 +13,13 @@ from rich.text import Text
 
 from qemu_postcopy.errors import PostcopyError, SidecarError
 from qemu_postcopy.sidecar.control import ANSWER_TIMEOUT, ask
-from qemu_postcopy.sidecar.rundir import LISTENING, RunDirectory, boot_id, list_directories
+from qemu_postcopy.sidecar.rundir import (
+    LISTENING,
+    RunDirectory,
+    SessionRecord,
+    boot_id,
+    list_directories,
+)
 
 WATCH_SECONDS = 0.5
 ASKED_AT_ONCE = 16
@@ -73,34 +79,38 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
         "vcpus": record.vcpus,
         "blocks": record.block_counts,
     }
-    if record.boot_id and record.boot_id != boot_id():
-        return {**entry, "state": "ended", "trouble": "the host was started again since"}
-    if record.state == LISTENING:
-        if directory.is_served():
-            return entry
-        trouble = "it was killed before a VMM had come: serve it again"
-        return {**entry, "state": "ended", "trouble": trouble}
-    if not directory.guest_alive(record):
-        return {**entry, "state": "ended" if record.pid else record.state}
-    handed_over = record.attached_by == "handshake"  # then there is a guest from the first
-    if record.state in UNBORN and not handed_over and not directory.is_served():
-        trouble = (
-            f"its restore died before there was a guest: qemu-postcopy recover {entry['name']}"
-        )
-        return {**entry, "state": "waiting", "trouble": trouble}
-    if record.state not in DEPENDENT and not (handed_over and record.state in UNBORN):
+    state, trouble = standing(directory, record)
+    entry.update(state=state, trouble=trouble)
+    if state not in DEPENDENT and not (
+        record.attached_by == "handshake" and state in UNBORN  # then there is a guest at once
+    ):
         return entry
     try:
         answer = ask(directory.control_socket, "status", timeout=timeout)
-    except SidecarError as error:
-        trouble = (
-            f"its sidecar does not answer, so the guest waits: {error.message}; "
-            f"qemu-postcopy recover {directory.name} starts another"
-        )
+    except SidecarError:
+        why, what = directory.silent_sidecar(record)
+        trouble = f"{why}: {what}"
         if failed := directory.supervisor_trouble():
             trouble += f"; {failed}"
         return {**entry, "state": "waiting", "trouble": trouble}
     return {key: answer.get(key, entry[key]) for key in entry}
+
+
+def standing(directory: RunDirectory, record: SessionRecord) -> tuple[str, str]:
+    """State and trouble (a sentence, or empty) as far as the run directory and the kernel say."""
+    if record.boot_id and record.boot_id != boot_id():
+        return "ended", "the host was started again since"
+    if record.state == LISTENING:
+        if directory.is_served():
+            return record.state, ""
+        return "ended", "it was killed before a VMM had come: serve it again"
+    if not directory.guest_alive(record):
+        return ("ended" if record.pid else record.state), ""
+    if record.state in UNBORN and record.attached_by != "handshake" and not directory.is_served():
+        return "waiting", (
+            f"its restore died before there was a guest: qemu-postcopy recover {directory.name}"
+        )
+    return record.state, ""
 
 
 def _table(guests: list[dict[str, Any]]) -> Table:

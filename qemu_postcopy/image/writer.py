@@ -14,7 +14,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class ImageWriter:
             )
         try:
             with _locked(self.target.parent):
-                _remove_leftovers(self.target)
+                _remove(find_leftovers(self.target))
                 self.directory.mkdir(mode=0o700)
                 # Held as long as we live: tells a leftover from a directory at work.
                 self._lock_fd = os.open(self.directory, os.O_DIRECTORY | os.O_CLOEXEC)
@@ -219,8 +219,17 @@ def find_leftovers(target: str | Path) -> list[Path]:
     return found
 
 
-def _remove_leftovers(target: Path) -> None:
-    for path in find_leftovers(target):
+def remove_leftovers(target: Path) -> None:
+    """Removes what :func:`find_leftovers` finds.
+
+    Raises: OSError where the directory of the target is not there, or closed to us.
+    """
+    with _locked(target.parent):
+        _remove(find_leftovers(target))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from qemu_postcopy.cli import session_options, start_sidecar
-from qemu_postcopy.errors import PostcopyError, UsageError
-from qemu_postcopy.libvirt.connection import load
-from qemu_postcopy.libvirt.restore import LibvirtRestoreOptions, open_saved
+from qemu_postcopy.errors import UsageError
+from qemu_postcopy.libvirt import domain_xml
+from qemu_postcopy.libvirt.connection import load, require_local
+from qemu_postcopy.libvirt.restore import (
+    LibvirtRestoreOptions,
+    open_saved,
+    require_pageable,
+    saved_xml,
+)
 from qemu_postcopy.progress import byte_progress
 from qemu_postcopy.sidecar import process
-from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.sidecar.rundir import RunDirectory, remove_ended
 
 
 def run_name_of(domain: str) -> str:
@@ -35,7 +41,19 @@ def restore_by_libvirt(
     """`restore --connect`; ``rest`` as serving_options gives it."""
     if running and rest["paused"]:
         raise UsageError("--running and --paused exclude each other", hint="choose one")
-    load()  # before a file is converted for nothing
+    # All that can be refused before a file is converted for nothing.
+    load()
+    require_local(uri, f"restore {source}")
+    name = domain_xml.parse(saved_xml(source)).findtext("name") or ""
+    if xml is not None:
+        require_pageable(xml)
+    if bypass_cache and source.is_dir():
+        raise UsageError(
+            "--bypass-cache is about save files: the page cache is where an image is served from",
+            hint="leave it out",
+        )
+    if keep_image is not None and source.is_dir():
+        raise UsageError(f"{source} is an image already", hint="leave --keep-image out")
     options = LibvirtRestoreOptions(
         uri=uri,
         source=source,
@@ -46,17 +64,18 @@ def restore_by_libvirt(
         verify=rest["verify"],
         session=session_options(rest),
     )
-    with byte_progress("converting") as progress:
-        saved = open_saved(source, keep_image, progress)
-    if bypass_cache and source.is_file():
-        _drop_cache(source)
+    remove_ended()
+    run = RunDirectory.create(rest["name"] or run_name_of(name))
+    try:
+        with byte_progress("converting") as progress:
+            saved = open_saved(source, keep_image, run, progress)
+        if bypass_cache:
+            _drop_cache(source)
+    except BaseException:
+        run.remove()
+        raise
     if not running and not saved.was_running:
         rest["paused"] = True
-    try:
-        run = RunDirectory.create(rest["name"] or run_name_of(saved.name))
-    except PostcopyError:
-        saved.discard()
-        raise
     job = process.restoring_domain(options, saved, run)
     start_sidecar(job, run, rest, f"virsh -c {uri} dominfo {saved.name}")
 
@@ -64,6 +83,7 @@ def restore_by_libvirt(
 def _drop_cache(source: Path) -> None:
     descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        os.fsync(descriptor)  # what is not on disk yet stays (posix_fadvise(2))
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -83,6 +83,40 @@ def error_of(error: Any, what: str) -> LibvirtError:
     return LibvirtError(f"libvirt: {what}: {error.get_error_message()}", code=code, hint=hint)
 
 
+def require_local(uri: str, command: str = "") -> None:
+    """Refuses a URI whose guests run elsewhere: their memory is served on the host they run on.
+
+    Args:
+        command: what was asked for, as it is to be asked for there, without --connect.
+
+    Raises: LibvirtError, which says what to run where.
+    """
+    parts = urlsplit(uri)
+    driver, _, transport = parts.scheme.partition("+")
+    if driver not in ("", "qemu"):
+        raise _no_qemu(uri, driver)
+    if not parts.hostname and transport in ("", "unix"):
+        return
+    path = "session" if parts.path == "/session" else "system"
+    words = ["qemu-postcopy", *command.split(" ", 1)]
+    words.insert(2, f"--connect qemu:///{path}")
+    there = " ".join(words) if command else f"qemu-postcopy there, with --connect qemu:///{path}"
+    if command and transport in ("ssh", "libssh", "libssh2") and parts.hostname:
+        where = f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname
+        there = f"ssh {f'-p {parts.port} ' if parts.port else ''}{where} {there}"
+    raise LibvirtError(
+        f"{uri} leads to another host: a guest's memory is served on the host that it runs on",
+        hint=f"run: {there}" if there.startswith("ssh") else f"run there: {there}",
+    )
+
+
+def _no_qemu(uri: str, driver: str) -> LibvirtError:
+    return LibvirtError(
+        f"{uri} is libvirt's driver {driver}, which runs no QEMU",
+        hint="give --connect qemu:///system or qemu:///session",
+    )
+
+
 class Connection:
     """One connection; made by :meth:`open`, to be used in one event loop.
 
@@ -140,13 +174,15 @@ class Connection:
         return await self.call(f"no domain {name}", self.handle.lookupByUUIDString, name)
 
     def require_local(self) -> None:
-        """UsageError unless the daemon is on this host: its QEMU's memory is to be served here."""
-        parts = urlsplit(self.uri)
-        if parts.hostname or "+" in parts.scheme.replace("+unix", ""):
-            raise LibvirtError(
-                f"{self.uri} is another host: a guest's memory is served on the host it runs on",
-                hint="run qemu-postcopy there, with --connect qemu:///system",
-            )
+        """LibvirtError unless it is QEMU's on this host, whatever name or alias the URI was."""
+        libvirt = load()
+        try:
+            driver, uri = self.handle.getType(), self.handle.getURI()
+        except libvirt.libvirtError as error:
+            raise error_of(error, f"cannot ask {self.uri} what it is") from error
+        if driver != "QEMU":
+            raise _no_qemu(self.uri, driver)
+        require_local(uri)
 
     @asynccontextmanager
     async def events(

@@ -199,6 +199,7 @@ class Gate:
             os.close(self._inotify)
             self._inotify = -1
         if self._fifo >= 0:
+            # First the name: who opens it later would wait for a writer for ever (fifo(7)).
+            self.path.unlink(missing_ok=True)
             os.close(self._fifo)
             self._fifo = -1
-            self.path.unlink(missing_ok=True)

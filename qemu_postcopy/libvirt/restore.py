@@ -11,8 +11,8 @@ that nothing runs before QEMU itself has confirmed where its memory lies.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,13 +21,16 @@ from typing import Literal
 
 from qemu_postcopy.errors import (
     GuestEndedError,
+    HostError,
     ImageError,
     LibvirtError,
     MismatchError,
     PostcopyError,
+    QmpError,
 )
+from qemu_postcopy.image.convert import import_image
 from qemu_postcopy.image.image import Image
-from qemu_postcopy.image.libvirt_save import pack_save_head
+from qemu_postcopy.image.libvirt_save import pack_save_head, read_save_header
 from qemu_postcopy.image.records import MAGIC, VERSION
 from qemu_postcopy.libvirt import domain_xml
 from qemu_postcopy.libvirt.connection import Connection, load
@@ -45,6 +48,14 @@ from qemu_postcopy.session import Session, SessionOptions, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory
 
+log = logging.getLogger(__name__)
+
+HOW_TO_SAVE = (
+    "snapshot it by qemu-postcopy snapshot --connect URI DOMAIN IMAGE, or give the file that virsh "
+    "save wrote"
+)
+#: Seconds between questions to a libvirtd that does not answer: it may be starting again.
+CONFIRM_PAUSES = (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 #: What QEMU is given of the stream before its memory is served.
 FIRST = MAGIC + VERSION.to_bytes(4, "big")
 Afterwards = Literal["as-saved", "running", "paused"]
@@ -77,16 +88,12 @@ class LibvirtRestoreOptions:
 
 @dataclass(frozen=True)
 class Saved:
-    """A domain as it was saved: an image that knows its domain.
-
-    ``disposable``: made for this restore, and of no use afterwards.
-    """
+    """A domain as it was saved: an image that knows its domain."""
 
     image: Image
     domain_xml: str
     cookie: str
     was_running: bool
-    disposable: bool
 
     @property
     def name(self) -> str:
@@ -102,59 +109,71 @@ class Saved:
         """The begin of a save file that libvirt takes for its own."""
         return pack_save_head(self.domain_xml, self.cookie, was_running=self.was_running)
 
-    def discard(self) -> None:
-        """Removes an image that nobody needs any more."""
-        if self.disposable:
-            shutil.rmtree(self.image.path, ignore_errors=True)
 
-
-def open_saved(
-    source: Path, keep_image: Path | None, progress: Callable[[int, int], None] | None = None
-) -> Saved:
-    """Opens an image, or converts a save file to one.
+def saved_xml(source: Path) -> str:
+    """The domain XML in an image or a save file, which is only looked at.
 
     Raises:
         ImageError: it is neither, or knows no domain.
+        HostError: it cannot be read.
         MismatchError: the domain's memory cannot be paged.
     """
     if source.is_dir():
-        image, disposable = Image.open(source), False
+        xml = Image.open(source).manifest.domain_xml or ""
     else:
-        image, disposable = _converted(source, keep_image, progress), keep_image is None
+        try:
+            with source.open("rb") as file:
+                xml = read_save_header(file.fileno()).domain_xml
+        except OSError as error:
+            raise HostError(
+                f"{source} cannot be read: {error.strerror}",
+                hint="look at the path and its permissions",
+            ) from error
+    if not xml:
+        raise ImageError(f"{source} is no image of a libvirt domain", hint=HOW_TO_SAVE)
+    require_pageable(xml)
+    return xml
+
+
+def require_pageable(xml: str) -> None:
+    """Raises MismatchError where that domain's memory cannot be paged."""
+    if reasons := domain_xml.refusals(domain_xml.parse(xml)):
+        raise MismatchError(
+            "this domain's memory cannot be paged: " + "; ".join(reasons),
+            hint="restore it eagerly, by virsh restore",
+        )
+
+
+def open_saved(
+    source: Path,
+    keep_image: Path | None,
+    run: RunDirectory,
+    progress: Callable[[int, int], None] | None = None,
+) -> Saved:
+    """Opens an image, or converts a save file to one, which goes with the guest unless it is to be
+    kept.
+
+    Raises:
+        ImageError: it is neither, or knows no domain.
+        HostError: there is no room for it.
+    """
+    if source.is_dir():
+        image = Image.open(source)
+    else:
+        target = keep_image or source.with_name(f".{source.name}.{os.getpid()}.qpc")
+        if keep_image is None:
+            run.note_disposable(target)
+        image = import_image(source, target, progress=progress)
     manifest = image.manifest
     noted = manifest.launch.get("libvirt")
     if manifest.domain_xml is None or not isinstance(noted, dict):
-        raise ImageError(
-            f"{source} is no image of a libvirt domain",
-            hint="snapshot it by qemu-postcopy snapshot --connect URI DOMAIN IMAGE, or give the "
-            "file that virsh save wrote",
-        )
-    saved = Saved(
+        raise ImageError(f"{source} is no image of a libvirt domain", hint=HOW_TO_SAVE)
+    return Saved(
         image,
         manifest.domain_xml,
         str(noted.get("cookie", "")),
         bool(noted.get("was_running", True)),
-        disposable,
     )
-    try:
-        if reasons := domain_xml.refusals(domain_xml.parse(saved.domain_xml)):
-            raise MismatchError(
-                "this domain's memory cannot be paged: " + "; ".join(reasons),
-                hint="restore it eagerly, by virsh restore",
-            )
-    except PostcopyError:
-        saved.discard()
-        raise
-    return saved
-
-
-def _converted(
-    source: Path, keep_image: Path | None, progress: Callable[[int, int], None] | None
-) -> Image:
-    from qemu_postcopy.image.convert import import_image
-
-    target = keep_image or source.with_name(f".{source.name}.{os.getpid()}.qpc")
-    return import_image(source, target, progress=progress)
 
 
 async def restore_domain(
@@ -182,24 +201,37 @@ async def restore_domain(
             async with await Connection.open(options.uri) as connection:
                 connection.require_local()
                 await _start(connection, options, saved, session, control)
-            await session.confirm()
+            await _confirm(session)
             if not paused:
                 await resume(session)
             await serve_to_the_end(session)
-            saved.discard()
             return session
         except GuestEndedError:
-            saved.discard()
             raise
         except Exception as error:
             if not session.has_guest():
-                saved.discard()
                 raise
             await serve_on(session, error)
         finally:
             await control.close()
             await session.close()
+            run.tidy()
             run.release()
+
+
+async def _confirm(session: Session) -> None:
+    """As :meth:`Session.confirm`, also where libvirtd is just being started again."""
+    for wait in CONFIRM_PAUSES:
+        try:
+            await session.confirm()
+            return
+        except (LibvirtError, QmpError) as error:
+            if not session.has_guest():
+                raise
+            log.warning("QEMU cannot be asked yet where its memory lies: %s", error.message)
+            await session.release_monitor()
+        await asyncio.sleep(wait)
+    await session.confirm()
 
 
 async def _start(
@@ -240,6 +272,9 @@ async def _start(
             await asyncio.shield(call)
         if call.done() and not call.cancelled() and call.exception() is None:
             await _destroy(connection, saved)
+        # A libvirtd that died meanwhile has not ended QEMU; the guest has not run yet.
+        if session.identity is not None and session.identity.is_alive():
+            session.identity.kill()
         raise
     finally:
         gate.close()

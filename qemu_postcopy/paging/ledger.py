@@ -95,7 +95,7 @@ class Ledger:
             path.unlink()
             raise HostError(
                 f"no space for the ledger ({offset} bytes) in {path.parent}: {error.strerror}",
-                hint="free some space there, or choose another run directory with --run-dir",
+                hint="free some space there, or choose another place by QEMU_POSTCOPY_RUN_DIR",
             ) from error
         finally:
             os.close(descriptor)

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class ControlServer:
         self.path = path
         self.handlers = handlers
         self._server: asyncio.Server | None = None
+        self._made: os.stat_result | None = None
 
     async def start(self) -> None:
         """Binds and listens."""
@@ -45,16 +47,19 @@ class ControlServer:
         # fchmod on an unbound socket sets the mode that bind() gives the file.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(self.path))
+        self._made = self.path.lstat()
         self._server = await asyncio.start_unix_server(
             self._serve, sock=listener, limit=LONGEST_LINE
         )
 
     async def close(self) -> None:
-        """Stops listening and removes the socket."""
+        """Stops listening and removes the socket, if it is still this one that lies there."""
         if self._server is not None:
             self._server.close()
             self._server = None
-            self.path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if self._made is not None and os.path.samestat(self._made, self.path.lstat()):
+                    self.path.unlink()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -100,9 +105,17 @@ def _refusal(error: PostcopyError) -> dict[str, Any]:
 
 
 def ask(
-    path: Path, command: str, *, timeout: float = ANSWER_TIMEOUT, **arguments: Any
+    path: Path,
+    command: str,
+    *,
+    timeout: float = ANSWER_TIMEOUT,
+    owner: int | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Asks the sidecar behind ``path``; blocking, at most ``timeout`` seconds for each step.
+
+    Args:
+        owner: the user whose sidecar it is, where root asks.
 
     Raises:
         SidecarError: nobody answers there, it belongs to somebody else, or it refused.
@@ -114,7 +127,7 @@ def ask(
             _, uid, _ = UCRED.unpack(
                 client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
             )
-            if uid not in (0, os.geteuid()):
+            if uid not in (0, os.geteuid(), owner):
                 raise SidecarError(f"{path} is served by user {uid}, who is not to be trusted")
             client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             with client.makefile("rb") as stream:

@@ -7,6 +7,7 @@ log, and ``session.json``, which says which process is paged from which image.  
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,12 @@ from qemu_postcopy.errors import (
 
 #: Recorded while a VMM is waited for: there is no guest yet, and no session.
 LISTENING = "listening"
+#: More than a thousand blocks and threads need.
+RECORD_BYTES_MAX = 16 << 20
+#: Recorded where nobody is served any more.
+ENDS = ("detached", "failed", "gone")
+#: What a monitor's address begins with where libvirt runs the guest.
+LIBVIRT = "libvirt:"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
 
@@ -146,6 +153,11 @@ class RunDirectory:
             return ""
 
     @property
+    def _disposable(self) -> Path:
+        """Names the image that goes with the guest."""
+        return self.path / "disposable-image"
+
+    @property
     def sidecar_log(self) -> Path:
         """What the sidecar had to say."""
         return self.path / "sidecar.log"
@@ -184,7 +196,7 @@ class RunDirectory:
                         hint=f"choose another name by --name, or end it: kill {record.pid}",
                     )
                 directory._take_lock()
-                shutil.rmtree(directory.path)
+                directory.remove()
             directory.path.mkdir(mode=0o700)
             directory._take_lock()
         except OSError as error:
@@ -214,6 +226,20 @@ class RunDirectory:
         """
         self._take_lock()
 
+    def is_lost(self) -> bool:
+        """Whether it was removed, or replaced, while this process has the lock; or the ledger was.
+
+        Then no other sidecar could take over from this one.
+        """
+        return not self._is_ours() or not self.ledger.exists()
+
+    def _is_ours(self) -> bool:
+        """Whether the path still leads to the directory that this process has locked, if it has."""
+        try:
+            return self._lock < 0 or os.path.samestat(self.path.stat(), os.fstat(self._lock))
+        except OSError:
+            return False
+
     def wait_unserved(self) -> None:
         """Returns when nobody restores or serves the guest; this process then has the lock."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -224,7 +250,8 @@ class RunDirectory:
         """Whether a process holds the lock now."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared: so that two that ask at the same time do not see each other.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
@@ -241,7 +268,45 @@ class RunDirectory:
         """Removes a directory in which nothing was restored, or a VMM was waited for in vain."""
         record = self.read_record(missing_ok=True)
         if record is None or record.state == LISTENING:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self.remove()
+
+    def remove(self) -> None:
+        """Removes the directory, and the image that was made for its guest only."""
+        self.discard_image()
+        for path in self.path.glob("*"):
+            if path.is_fifo():
+                # Who waits for a writer in open(2) of it waits for ever once the name is gone.
+                with suppress(OSError):
+                    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                    path.unlink()
+                    os.close(descriptor)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def note_disposable(self, image: Path) -> None:
+        """That image is made for this guest, and of no use once it has all of its memory."""
+        self._disposable.write_text(str(image.absolute()))
+
+    def discard_image(self) -> None:
+        """Removes the image that was noted, or what a killed program has made of it."""
+        from qemu_postcopy.image.writer import remove_leftovers
+
+        with suppress(OSError):
+            image = Path(self._disposable.read_text())
+            shutil.rmtree(image, ignore_errors=True)
+            remove_leftovers(image)
+            self._disposable.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """For whoever has served, and has the lock: removes what the guest needs no longer; all of
+        it where the guest was a domain of libvirt's and has ended, since libvirt tells of that."""
+        record = self.read_record(missing_ok=True) if self._is_ours() else None
+        if record is None:
+            return
+        alive = self.guest_alive(record)
+        if not alive or record.state in ENDS:
+            self.discard_image()
+        if not alive and record.qmp.startswith(LIBVIRT) and record.state != "failed":
+            self.remove()
 
     @classmethod
     def find(cls, name: str, base: Path | None = None) -> Self:
@@ -258,7 +323,14 @@ class RunDirectory:
         raise SidecarError(f"no guest named {name} is known", hint=f"known in {base}: {names}")
 
     def write_record(self, record: SessionRecord) -> None:
-        """Replaces ``session.json`` in one step."""
+        """Replaces ``session.json`` in one step.
+
+        Raises:
+            OSError: it cannot be written; or this process serves a guest whose directory was
+                removed, and what is there now is another guest's.
+        """
+        if not self._is_ours():
+            raise FileNotFoundError(errno.ENOENT, "its directory was removed")
         temporary = self.path / "session.json.new"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -279,13 +351,28 @@ class RunDirectory:
         """
         path = self.path / "session.json"
         try:
-            return SessionRecord(**json.loads(path.read_text()))
+            return SessionRecord(**json.loads(_read_regular(path)))
         except FileNotFoundError:
             if missing_ok:
                 return None
             raise SidecarError(f"{path} is missing", hint="the guest was never restored") from None
         except (ValueError, TypeError) as error:
             raise SidecarError(f"{path} is damaged: {error}") from error
+
+    def silent_sidecar(self, record: SessionRecord) -> tuple[str, str]:
+        """Why nobody answers at the control socket, and what to do about it, both in words."""
+        recover = f"qemu-postcopy recover {self.name}"
+        if not self.is_served():
+            return "its sidecar has died, so the guest waits", f"{recover} starts another"
+        pid = record.sidecar_pid
+        match _process_state(pid):
+            case "":
+                return "another sidecar takes over", "ask again in a moment"
+            case "T" | "t":
+                what = f"its sidecar (PID {pid}) is stopped, so the guest waits"
+                return what, f"kill -CONT {pid} lets it go on"
+        what = f"its sidecar (PID {pid}) lives and does not answer"
+        return what, f"if it goes on like that: kill -KILL {pid}, then {recover}"
 
     @staticmethod
     def guest_alive(record: SessionRecord) -> bool:
@@ -301,6 +388,21 @@ class RunDirectory:
         return True
 
 
+def _read_regular(path: Path) -> bytes:
+    """Of a file that may be another user's: no link is followed, no FIFO waited for."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SidecarError(f"{path} is a symbolic link") from error
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise SidecarError(f"{path} is no file")
+        return file.read(RECORD_BYTES_MAX)
+
+
 def list_directories(base: Path | None = None) -> list[RunDirectory]:
     """All run directories of this user, by name; those of others are left out."""
     base = base or base_directory()
@@ -312,6 +414,28 @@ def list_directories(base: Path | None = None) -> list[RunDirectory]:
             if (path / "session.json").exists() and path.stat().st_uid == os.geteuid():
                 found.append(RunDirectory(path))
     return found
+
+
+def remove_ended(base: Path | None = None) -> None:
+    """Removes what is left of libvirt's domains that ended when no sidecar was there to do so."""
+    for directory in list_directories(base):
+        with suppress(PostcopyError, OSError):
+            directory.lock()
+            try:
+                directory.tidy()
+            finally:
+                directory.release()
+
+
+def _process_state(pid: int) -> str:
+    """The letter of proc(5), field 3 of /proc/PID/stat; empty where there is no such process, or
+    only its exit status is left."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return ""
+    state = text[text.rindex(b")") + 2 :][:1].decode()
+    return "" if state in "ZX" else state
 
 
 def _check_owner(path: Path) -> None:

@@ -35,7 +35,7 @@ def supervise(run: RunDirectory, said: Callable[[str], None] = log.warning) -> N
     failures = 0
     while True:
         run.wait_unserved()
-        record = run.read_record()
+        record = run.read_record(missing_ok=True)
         run.release()
         if record is None or not needs_sidecar(run, record):
             run.supervisor_notes.unlink(missing_ok=True)

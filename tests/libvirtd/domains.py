@@ -51,12 +51,16 @@ def domain_xml(
     extra_devices: str = "",
     command_line: str | None = None,
     tick_ms: int = TICK_MS,
+    firmware: str = "",
+    cells: str = "",
 ) -> str:
     """A minimal TCG domain.  `machine` is one that both tested QEMUs have, by default.
 
     Args:
         memory_backing: content of <memoryBacking>, such as ``<source type='memfd'/>``.
         command_line: the kernel's, instead of that of the memory checker with `fill_mib`.
+        firmware: <loader> and <nvram>.
+        cells: <numa>.
     """
     line = command_line or image.kernel_command_line(
         "check", fill_mib=fill_mib, zero_percent=10, tick_ms=tick_ms
@@ -66,12 +70,13 @@ def domain_xml(
   <name>{name}</name>
   <memory unit='MiB'>{image.ram_mib(fill_mib)}</memory>{backing}
   <vcpu>{vcpus}</vcpu>
-  <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>
+  <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model>{cells}</cpu>
   <os>
-    <type arch='x86_64' machine='{machine}'>hvm</type>
+    <type arch='x86_64' machine='{machine}'>hvm</type>{firmware}
     <kernel>{image.kernel}</kernel><initrd>{image.initramfs}</initrd>
     <cmdline>{escape(line)}</cmdline>
   </os>
+  {"<features><acpi/></features>" if firmware else ""}
   <on_reboot>destroy</on_reboot>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>

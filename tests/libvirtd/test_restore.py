@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from libvirtd.daemons import Host
-from libvirtd.domains import Domain, start_domain
+from libvirtd.domains import start_domain
+from libvirtd.saved import (
+    MEMFD,
+    left_beside,
+    restore,
+    run_directories,
+    saved_domain,
+    sidecars,
+    wait_detached,
+)
 from vm.guests import wait_until
 
 from qemu_postcopy.images.guest_image import GuestImage
@@ -25,31 +31,6 @@ FORMATS = {
 }
 #: These two take libvirt a minute.
 SLOW_FORMATS = ("bzip2", "xz")
-MEMFD = "<source type='memfd'/><access mode='shared'/>"
-
-
-def saved_domain(
-    host: Host, image: GuestImage, directory: Path, name: str = "guest", **choices: object
-) -> tuple[Domain, Path]:
-    """A domain in the middle of its work, saved by virsh."""
-    domain = start_domain(host, image, directory, name, **choices)
-    domain.wait_ready()
-    path = directory / f"{name}.save"
-    host.virsh("save", name, path)
-    return domain, path
-
-
-def restore(host: Host, path: Path, *options: object) -> dict[str, Any]:
-    """By the tool, on the host."""
-    said = host.tool("restore", "--connect", "qemu:///system", "--json", *options, path)
-    result = json.loads(said.stdout)
-    assert isinstance(result, dict)
-    return result
-
-
-def sidecars(host: Host) -> list[int]:
-    """The tool's processes on the host."""
-    return host.processes(program=f"{sys.executable}\0-m\0qemu_postcopy")
 
 
 def save_in_format(host: Host, name: str, path: Path) -> None:
@@ -63,14 +44,6 @@ def save_in_format(host: Host, name: str, path: Path) -> None:
     host.restart_daemon("libvirtd")
     host.virsh("save", "guest", path)
     configuration.write_text(before)
-
-
-def wait_detached(host: Host, name: str) -> None:
-    def detached() -> bool:
-        (entry,) = json.loads(host.tool("status", "--json", name).stdout)
-        return bool(entry["state"] == "detached")
-
-    wait_until(detached, f"{name} has all of its memory")
 
 
 @pytest.mark.parametrize("backing", ["memfd", "anonymous"])
@@ -89,7 +62,7 @@ def test_a_saved_domain_is_restored_lazily_saved_again_and_ended(
     domain.console.wait_passes(1)
 
     assert path.read_bytes() == content
-    assert list(shared_dir.glob(".*.qpc*")) == []
+    assert left_beside(shared_dir) == []
     again = shared_dir / "again"
     host.virsh("save", "guest", again)
     assert host.virsh("save-image-dumpxml", again) == xml
@@ -110,11 +83,12 @@ def test_a_domain_still_being_filled_is_saved_whole_and_its_end_is_that_of_the_s
     again = shared_dir / "again"
     host.virsh("save", "guest", again)
     wait_until(lambda: sidecars(host) == [], "the sidecar has ended")
-    assert list(shared_dir.glob(".*.qpc*")) == []
+    assert left_beside(shared_dir) == []
     restore(host, again, "--no-background")
     domain.console.wait_passes(1)
     host.virsh("destroy", "guest")
     wait_until(lambda: sidecars(host) == [], "the sidecar has ended")
+    assert (left_beside(shared_dir), run_directories(host)) == ([], [])
 
 
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.soak)])
@@ -189,6 +163,7 @@ def test_a_sidecar_or_a_libvirtd_that_is_killed_costs_nothing(
     domain.console.wait_passes(1)
     host.tool("fill", "guest")
     wait_detached(host, "guest")
+    assert left_beside(shared_dir) == []
     domain.console.wait_passes(1)
     assert domain.state() == "running"
 
@@ -208,4 +183,4 @@ def test_what_libvirt_refuses_is_told_and_leaves_nothing(
     path.write_bytes(content[: len(content) // 2])
     host.tool("restore", "--connect", "qemu:///system", path, status=4)
     assert host.qemus() == [] and sidecars(host) == []
-    assert list(shared_dir.glob(".*.qpc*")) == []
+    assert left_beside(shared_dir) == []

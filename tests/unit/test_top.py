@@ -276,7 +276,7 @@ def test_a_sidecar_that_is_silent_holds_up_neither_keys_nor_others(guests: Guest
         guests.answers["one"] = told("one", faults=4321)
         top.press("j")
         top.wait_for("two: origins")
-        top.wait_for("4321", "its sidecar does not answer")
+        top.wait_for("4321", "its sidecar has died")
         top.press("q")
         assert top.wait_end() == 0
 

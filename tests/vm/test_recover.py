@@ -182,7 +182,7 @@ def test_served_guest_cannot_be_recovered(
 ) -> None:
     snapshot = snapshots.checker(lab, guest_image, qemu)
     guest = lab.restore(snapshot, "--no-background")
-    refused("recover", guest.name, status=10, words=["being restored or served"])
+    refused("recover", guest.name, status=10, words=["being restored or served (PID"])
     goes_on_from(guest, snapshot)
     cli("fill", guest.name)
     guest.wait_sidecar_gone()

@@ -106,7 +106,7 @@ def test_guest_whose_sidecar_was_killed_waits_and_is_not_given_zeros(
     assert guest.registered_ranges() > 0
     said = guest.status()
     assert said["state"] == "waiting"
-    assert "does not answer" in said["trouble"]
+    assert "its sidecar has died" in said["trouble"]
     assert "waiting" in cli("status").stdout
     assert guest.console.stands_still()
 

@@ -1,0 +1,160 @@
+"""``qemu-postcopy libvirt``: what a domain asks for, and what has plain virsh give it that.
+
+Only arguments are understood here; each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from qemu_postcopy.cli import size
+
+CONNECT = click.option(
+    "--connect", "uri", default="qemu:///system", show_default=True, metavar="URI"
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
+
+
+@click.group("libvirt")
+def libvirt_commands() -> None:
+    """Domains whose memory plain virsh pages: settings in their XML, and the hook that reads them.
+
+    \b
+    Examples:
+      qemu-postcopy libvirt set web --restore lazy --supervise
+      qemu-postcopy libvirt show web
+    """
+
+
+@libvirt_commands.command("set")
+@click.argument("domain")
+@CONNECT
+@click.option(
+    "--restore",
+    type=click.Choice(["lazy", "eager"]),
+    help="How virsh restore (and start, of a managed save) brings memory back.",
+)
+@click.option(
+    "--background/--no-background",
+    "fill",
+    default=None,
+    help="Whether memory is also filled that nobody asks for.",
+)
+@click.option(
+    "--rate", callback=size, metavar="SIZE", help="At most so many bytes a second of that; 0: all."
+)
+@click.option(
+    "--supervise/--no-supervise",
+    default=None,
+    help="Whether another sidecar takes over if one dies.",
+)
+@click.option(
+    "--postcopy-after",
+    "passes",
+    type=click.IntRange(0, 1000),
+    metavar="PASSES",
+    help="Switch a live migration (virsh migrate --live --postcopy) after so many passes; 0: no.",
+)
+@AS_JSON
+def set_command(
+    domain: str,
+    uri: str,
+    restore: str | None,
+    fill: bool | None,
+    rate: int | None,
+    supervise: bool | None,
+    passes: int | None,
+    as_json: bool,
+) -> None:
+    """Write into the XML of DOMAIN how its memory is to be paged.
+
+    What is not named stays as it is; without any option the defaults are written. Both the running
+    domain and its definition are changed; it counts from the next restore or migration on, where
+    `qemu-postcopy libvirt install-hooks` was done.
+
+    \b
+    Examples:
+      qemu-postcopy libvirt set web
+      qemu-postcopy libvirt set web --rate 200M --supervise
+      qemu-postcopy libvirt set --connect qemu:///session web --restore eager
+    """
+    import asyncio
+    from dataclasses import replace
+
+    from qemu_postcopy.libvirt.settings import change_settings
+
+    given: dict[str, Any] = {
+        "restore": restore,
+        "fill": fill,
+        "rate": rate,
+        "supervise": supervise,
+        "postcopy_passes": passes,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = asyncio.run(change_settings(uri, domain, lambda before: replace(before, **given)))
+    assert settings is not None
+    click.echo(
+        json.dumps(settings.as_json(), indent=2) if as_json else f"{domain}: {_say(settings)}"
+    )
+
+
+@libvirt_commands.command("show")
+@click.argument("domain")
+@CONNECT
+@AS_JSON
+def show_command(domain: str, uri: str, as_json: bool) -> None:
+    """What the XML of DOMAIN says, of the running one and of its definition.
+
+    \b
+    Examples:
+      qemu-postcopy libvirt show web
+      qemu-postcopy libvirt show web --json | jq .live.restore
+    """
+    import asyncio
+
+    from qemu_postcopy.libvirt.settings import read_settings
+
+    live, config = asyncio.run(read_settings(uri, domain))
+    if as_json:
+        found = {"live": live, "config": config}
+        click.echo(json.dumps({key: s.as_json() if s else None for key, s in found.items()}))
+        return
+    if live == config:
+        click.echo(f"{domain}: {_say(live)}")
+        return
+    click.echo(f"{domain}, as it runs: {_say(live)}")
+    click.echo(f"{domain}, as it is defined: {_say(config)}")
+
+
+@libvirt_commands.command("unset")
+@click.argument("domain")
+@CONNECT
+def unset_command(domain: str, uri: str) -> None:
+    """Remove from the XML of DOMAIN what `set` wrote: virsh does with it as ever.
+
+    \b
+    Example:
+      qemu-postcopy libvirt unset web
+    """
+    import asyncio
+
+    from qemu_postcopy.libvirt.settings import change_settings
+
+    asyncio.run(change_settings(uri, domain, lambda _: None))
+
+
+def _say(settings: Any) -> str:
+    """In words."""
+    if settings is None:
+        return "nothing is set; virsh does with it as ever"
+    parts = [f"{settings.restore} restores"]
+    if settings.restore == "lazy":
+        filled = f"at {settings.rate} bytes/s" if settings.rate else "at full speed"
+        parts.append(f"filled {filled}" if settings.fill else "filled on demand only")
+        parts.append("supervised" if settings.supervise else "not supervised")
+    if settings.postcopy_passes:
+        parts.append(f"migrations switch to post-copy after {settings.postcopy_passes} passes")
+    return ", ".join(parts)
