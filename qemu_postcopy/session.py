@@ -499,7 +499,10 @@ class Session:
             registration.wake(self._userfaultfd, block.address, block.size_bytes)
         # session.json keeps the state that it has: it says how far the dead sidecar had come.
         self.state = State.SERVING
-        self.run.update_record(sidecar_pid=os.getpid())
+        try:
+            self.run.update_record(sidecar_pid=os.getpid())
+        except OSError as error:
+            log.warning("session.json in %s cannot be written: %s", self.run.path, error)
         if self._listener is not None:
             self._listener(StateChange(self.state, time.monotonic() - self._began))
 

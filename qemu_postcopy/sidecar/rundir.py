@@ -35,6 +35,8 @@ RECORD_BYTES_MAX = 16 << 20
 ENDS = ("detached", "failed", "gone")
 #: What a monitor's address begins with where libvirt runs the guest.
 LIBVIRT = "libvirt:"
+#: More than a record with many blocks and threads has.
+RECORD_BYTES = 64 << 10
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
 
@@ -332,10 +334,19 @@ class RunDirectory:
         if not self._is_ours():
             raise FileNotFoundError(errno.ENOENT, "its directory was removed")
         temporary = self.path / "session.json.new"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(asdict(record), file, indent=1)
+            file.truncate()
         temporary.rename(self.path / "session.json")
+        # Room for the next one, which tells that the guest needs nobody any more: the file system
+        # may be full by then.
+        with suppress(OSError):
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, RECORD_BYTES)
+            finally:
+                os.close(descriptor)
 
     def update_record(self, **changes: Any) -> None:
         """Changes some fields of ``session.json``."""
