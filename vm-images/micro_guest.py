@@ -42,6 +42,9 @@ _PROGRAMS: dict[Machine, tuple[str, str, str]] = {
 AREA_START = 4 << 20
 #: ... and by ring 0, to ring0_bytes.
 RING0_START = 2 << 20
+#: ... and where each of two CPUs notes how far it has come (8 bytes each), in steps: a pass has one
+#: for each page of the area, and two more.
+PLACES = 0x3800
 #: Their stacks end below 1 MiB.
 WORKERS_MAX = 80
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,26 @@ from kvm.micro import (
     save,
     wait_whole_passes,
 )
-from vm.guests import Lab, wait_until
+from vm.guests import Lab, Snapshot, wait_until
 
-from qemu_postcopy.images.micro_guest import AREA_START, build_micro_guest
+from qemu_postcopy.images.micro_guest import (
+    AREA_START,
+    PLACES,
+    MicroGuest,
+    build_micro_guest,
+)
 
 pytestmark = pytest.mark.needs("qemu", "uffd", "ptrace", "cc", "root")
+
+
+def far_from_both(micro: MicroGuest, snapshot: Snapshot) -> int:
+    """The number of a page that both CPUs had not begun with when they were saved, or had done."""
+    with (snapshot.image / "ram" / "m0").open("rb") as memory:
+        memory.seek(PLACES)
+        first, second = (int(place) for place in struct.unpack("<2Q", memory.read(16)))
+    assert abs(first - second) <= 1
+    pages = micro.area_bytes // 4096
+    return (first % (pages + 2) + pages // 2) % pages
 
 
 @pytest.mark.parametrize(
@@ -48,7 +64,7 @@ def test_two_cpus_that_wait_for_one_page_both_go_on_with_its_content(
         micro_cache, area_bytes=1 << 20, ring0_bytes=4096, cpus=2, interrupts=interrupts
     )
     snapshot = save(boot(lab, micro, qemu_binary, accelerator), run_dir / "image", qemu_binary)
-    held = AREA_START + 100 * 4096
+    held = AREA_START + far_from_both(micro, snapshot) * 4096
     options = hold_back(run_dir, range(held, held + 4096))
     guest = lab.restore(snapshot, *options, "--paused")
     guest.ask("cont")

@@ -12,6 +12,7 @@
 #define TSS_STRIDE 0x100
 #define IDT 0x2000
 #define ASYNC_AREA 0x3000 /* where KVM tells of asynchronous page faults */
+#define PLACES 0x3800     /* a u64 of each CPU: how far it has come, see meet() */
 #define SHARED 0x4000     /* struct shared */
 #define TRAMPOLINE 0x8000 /* where the second CPU starts */
 #define PAGE_TABLES 0x10000
@@ -57,8 +58,6 @@ struct task {
 	u64 token;
 	u64 passes; /* times that it has verified what is its own to verify */
 	u64 bad;    /* words that were not what was written, in all passes */
-	u64 place;  /* of its barrier */
-	u64 spare;
 };
 
 struct shared {

@@ -5,13 +5,14 @@
  */
 #include "micro.h"
 
-/* Until the other CPU, if there is one, has come to this place too. */
+/* Until the other CPU, if there is one, has come to this place too: in each pass one before every
+ * page, and two at the end. */
 static void meet(u64 number, u64 place)
 {
-	volatile struct task *tasks = shared()->tasks;
+	volatile u64 *places = (volatile u64 *)PLACES;
 
-	tasks[number].place = place;
-	while (CPUS > 1 && tasks[1 - number].place < place)
+	places[number] = place;
+	while (CPUS > 1 && places[1 - number] < place)
 		__asm__ volatile("pause");
 }
 
