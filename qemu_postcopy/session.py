@@ -501,7 +501,7 @@ class Session:
         self.state = State.SERVING
         try:
             self.run.update_record(sidecar_pid=os.getpid())
-        except OSError as error:
+        except (OSError, PostcopyError) as error:
             log.warning("session.json in %s cannot be written: %s", self.run.path, error)
         if self._listener is not None:
             self._listener(StateChange(self.state, time.monotonic() - self._began))
@@ -709,7 +709,7 @@ class Session:
             await self.accounts.learn(self._qmp)
         elif not self.accounts.threads() and self.attached_by != "handshake":
             await self._learn_threads_late()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, PostcopyError):
             self.run.update_record(
                 threads=self.accounts.threads(), async_offered=self.accounts.async_offered
             )
