@@ -40,13 +40,15 @@ SOCKET_NAME = "preload.sock"
 SOCKET_VARIABLE = "QEMU_POSTCOPY_PRELOAD_SOCKET"
 #: names the program that is meant, where that is not called qemu-system-... or qemu-kvm
 PROGRAM_VARIABLE = "QEMU_POSTCOPY_PRELOAD_PROGRAM"
+#: the library does nothing where nobody listens, or is told LEAVE
+OPTIONAL_VARIABLE = "QEMU_POSTCOPY_PRELOAD_OPTIONAL"
 #: Exit status of a QEMU that the library ended.
 EXIT_STATUS = 97
 
 #: struct message of preload.c: protocol, kind, number, shared, address, length, offset.
 MESSAGE = struct.Struct("<4sIiIQQQ")
 PROTOCOL = b"QCP1"
-WELCOME, DESCRIPTOR, MAPPED, GO_ON, REFUSED = 1, 2, 3, 4, 5
+WELCOME, DESCRIPTOR, MAPPED, GO_ON, REFUSED, STREAM, LEAVE = 1, 2, 3, 4, 5, 6, 7
 BLOCKS_MAX = 64
 WORDS_MAX = 250
 UCRED = struct.Struct("3i")
@@ -150,24 +152,45 @@ def _mapping(piece: MappedRam) -> Mapping:
     )
 
 
+def listen_at(path: Path, mode: int) -> socket.socket:
+    """A socket there, for whom ``mode`` allows it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    # fchmod on an unbound socket sets the mode that bind() gives the file.
+    os.fchmod(listener.fileno(), mode)
+    path.unlink(missing_ok=True)
+    previous = os.umask(0)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(previous)
+    listener.listen(1)
+    return listener
+
+
 class PreloadServer:
     """Waits for one QEMU, and takes its userfaultfd and its memory.
 
     Args:
         run_directory: the socket is made there, 0600.
         sizes: of the RAM blocks to come, in bytes; any order.
+        listening: a socket that listens already, instead of one in the run directory.
 
     Raises:
         HostError: more blocks than the library knows, or no library.
     """
 
-    def __init__(self, run_directory: Path, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        sizes: Sequence[int],
+        *,
+        listening: tuple[Path, socket.socket] | None = None,
+    ) -> None:
         if not 0 < len(sizes) <= BLOCKS_MAX:
             raise HostError(
                 f"the preload library can take 1 to {BLOCKS_MAX} RAM blocks, not {len(sizes)}",
                 hint="restore with --attach-by ptrace",
             )
-        self.path = run_directory / SOCKET_NAME
         self._library = library()
         self._sizes = list(sizes)
         self._userfaultfd = -1
@@ -175,11 +198,8 @@ class PreloadServer:
         self._pieces: list[MappedRam] = []
         self._began_ns = 0
         self._settled = os.eventfd(0, os.EFD_CLOEXEC)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        os.fchmod(self._listener.fileno(), 0o600)
-        self.path.unlink(missing_ok=True)
-        self._listener.bind(str(self.path))
-        self._listener.listen(1)
+        path = run_directory / SOCKET_NAME
+        self.path, self._listener = listening or (path, listen_at(path, 0o600))
 
     def environment(self, base: Environment[str, str]) -> dict[str, str]:
         """``base`` with what makes QEMU load the library and find this server."""
@@ -311,7 +331,11 @@ class PreloadServer:
             raise AttachError("QEMU's preload library has handed over what is no userfaultfd")
         self._remote_number = fields[0]
         registration.negotiate(descriptor)
+        self._before_memory(channel)
         _go_on(channel)
+
+    def _before_memory(self, channel: socket.socket) -> None:
+        """QEMU stands still before its `main`: the moment to replace what it loads from."""
 
     def _take_piece(self, channel: socket.socket, identity: ProcessIdentity) -> None:
         kind, (_, shared, address, size, offset), descriptor = _receive(channel, identity)

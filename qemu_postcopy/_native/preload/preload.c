@@ -10,7 +10,9 @@
  * It acts only in a QEMU system emulator, or in the program that QEMU_POSTCOPY_PRELOAD_PROGRAM
  * names, whose environment has QEMU_POSTCOPY_PRELOAD_SOCKET; anything else that loads it (the shell
  * of a wrapper script, what QEMU starts) is left alone. Whatever goes wrong where it does act ends
- * the process: a guest must never run on memory that nobody fills. Once all the memory it was told
+ * the process: a guest must never run on memory that nobody fills. With QEMU_POSTCOPY_PRELOAD_OPTIONAL
+ * it does not act where nobody listens at that socket, or whoever does wants nothing: for a QEMU that
+ * loads a whole guest by itself then, as from a libvirt domain that keeps these variables. Once all the memory it was told
  * of is mapped, or before it was told of any, every function here is the system call and no more:
  * safe in signal handlers and in any thread. The userfaultfd stays open for the process's life.
  *
@@ -49,6 +51,7 @@
 
 #define SOCKET_VARIABLE "QEMU_POSTCOPY_PRELOAD_SOCKET"
 #define PROGRAM_VARIABLE "QEMU_POSTCOPY_PRELOAD_PROGRAM"
+#define OPTIONAL_VARIABLE "QEMU_POSTCOPY_PRELOAD_OPTIONAL"
 #define LIBRARY_VARIABLE "LD_PRELOAD"
 #define LIBRARY_NAME "qemu-postcopy-preload.so"
 
@@ -56,12 +59,21 @@ enum { MOST_BLOCKS = 64, ANSWER_SECONDS = 60, EXIT_STATUS = 97 };
 
 /* One message of SOCK_SEQPACKET each; vm/preload.py has the same layout. */
 #define PROTOCOL 0x31504351u /* "QCP1", little-endian */
-enum kind { WELCOME = 1, DESCRIPTOR = 2, MAPPED = 3, GO_ON = 4, REFUSED = 5 };
+enum kind {
+    WELCOME = 1,
+    DESCRIPTOR = 2,
+    MAPPED = 3,
+    GO_ON = 4,
+    REFUSED = 5,
+    STREAM = 6, /* beside the word after DESCRIPTOR: the descriptor that comes along takes the place */
+    LEAVE = 7,  /* of `number`. LEAVE instead of WELCOME: nothing is wanted of this process */
+};
 
 struct message {
     uint32_t protocol;
     uint32_t kind;    /* enum kind */
-    int32_t number;   /* DESCRIPTOR: of the userfaultfd here. WELCOME: how many sizes follow */
+    int32_t number;   /* DESCRIPTOR: of the userfaultfd here. WELCOME: how many sizes follow.
+                         STREAM: which descriptor is replaced */
     uint32_t shared;  /* MAPPED: 1 for MAP_SHARED */
     uint64_t address; /* MAPPED */
     uint64_t length;
@@ -166,16 +178,32 @@ static void tell(const struct message *message, int fd)
         give_up(errno, "the sidecar cannot be told");
 }
 
+/* What QEMU was told to load its state from is replaced, before it looks at it. */
+static void replace_stream(int number, int fd)
+{
+    if (fd < 0 || number <= STDERR_FILENO || number == channel || fcntl(number, F_GETFD) < 0)
+        give_up(0, "the stream to replace is none");
+    if (dup2(fd, number) < 0)
+        give_up(errno, "the stream cannot be replaced");
+    close(fd);
+}
+
 static void wait_for_word(void)
 {
     struct refusal answer;
     int fd;
     ssize_t got = receive(&answer, sizeof(answer), &fd);
 
-    if (fd >= 0)
-        close(fd);
     if (got < (ssize_t)sizeof(answer.head) || answer.head.protocol != PROTOCOL)
         give_up(0, "the sidecar speaks another protocol");
+    if (answer.head.kind == STREAM) {
+        replace_stream(answer.head.number, fd);
+        got = receive(&answer, sizeof(answer), &fd);
+        if (got < (ssize_t)sizeof(answer.head) || answer.head.protocol != PROTOCOL)
+            give_up(0, "the sidecar speaks another protocol");
+    }
+    if (fd >= 0)
+        close(fd);
     if (answer.head.kind == REFUSED)
         give_up(0, "the sidecar refuses: %.*s", (int)(got - (ssize_t)sizeof(answer.head)),
                 answer.words);
@@ -212,6 +240,7 @@ static void clear_environment(void)
 
     unsetenv(SOCKET_VARIABLE);
     unsetenv(PROGRAM_VARIABLE);
+    unsetenv(OPTIONAL_VARIABLE);
     if (!loaded)
         return;
     /* Paths divided by blanks or colons (ld.so(8)); others' libraries stay. */
@@ -268,7 +297,8 @@ static int open_userfaultfd(int device)
     return fd;
 }
 
-static void connect_to(const char *path)
+/* Returns 0 where nobody is there, and that is allowed. */
+static int connect_to(const char *path, int optional)
 {
     struct sockaddr_un address = { .sun_family = AF_UNIX };
     struct timeval limit = { .tv_sec = ANSWER_SECONDS };
@@ -280,8 +310,14 @@ static void connect_to(const char *path)
     if (channel < 0 || setsockopt(channel, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit)) < 0 ||
         setsockopt(channel, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit)) < 0)
         give_up(errno, "no socket");
-    if (connect(channel, (struct sockaddr *)&address, sizeof(address)) < 0)
-        give_up(errno, "no sidecar at %s", path);
+    if (connect(channel, (struct sockaddr *)&address, sizeof(address)) < 0) {
+        if (!optional)
+            give_up(errno, "no sidecar at %s", path);
+        close(channel);
+        channel = -1;
+        return 0;
+    }
+    return 1;
 }
 
 static void __attribute__((constructor)) begin(void)
@@ -289,14 +325,26 @@ static void __attribute__((constructor)) begin(void)
     const char *path = getenv(SOCKET_VARIABLE);
     struct message report = { .protocol = PROTOCOL, .kind = DESCRIPTOR };
     struct welcome welcome;
-    int saved = errno, device;
+    int saved = errno, optional = getenv(OPTIONAL_VARIABLE) != NULL, device;
     ssize_t got;
 
     if (!path || !is_meant())
         return;
-    refuse_daemonize();
-    connect_to(path);
+    if (!connect_to(path, optional)) {
+        clear_environment();
+        errno = saved;
+        return;
+    }
     got = receive(&welcome, sizeof(welcome), &device);
+    if (optional && got == (ssize_t)sizeof(welcome.head) && welcome.head.protocol == PROTOCOL &&
+        welcome.head.kind == LEAVE && device < 0) {
+        close(channel);
+        channel = -1;
+        clear_environment();
+        errno = saved;
+        return;
+    }
+    refuse_daemonize();
     if (got < (ssize_t)sizeof(welcome.head) || welcome.head.protocol != PROTOCOL ||
         welcome.head.kind != WELCOME || welcome.head.number < 1 ||
         welcome.head.number > MOST_BLOCKS ||
