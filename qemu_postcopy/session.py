@@ -205,6 +205,8 @@ class Session:
         self._target: ProcessIdentity | None = None
         self._userfaultfd = -1
         self._userfaultfd_number = -1
+        # Whoever has handed the descriptor over has settled its features.
+        self._negotiated = False
         self._features = 0
         self._device_state = -1
         self._load_begun = False
@@ -371,11 +373,20 @@ class Session:
         await self._check_fit()
         self._enter(State.FOUND)
 
-    def adopt(self, pid: int, monitor: str) -> None:
+    def adopt(
+        self,
+        pid: int,
+        monitor: str,
+        offered: tuple[TakenDescriptor, ProcessIdentity] | None = None,
+    ) -> None:
         """Takes a QEMU that libvirt has started, and that waits in the middle of its load.
 
         Its monitor is libvirt's until the load is over, so its memory is presumed to lie where it
         seems to; :meth:`confirm` asks then.
+
+        Args:
+            offered: what QEMU's preload library has handed over, and whom to ask what it maps.
+                Both are the session's from now on, also if this fails.
 
         Raises:
             TargetGoneError: it has ended.
@@ -385,13 +396,24 @@ class Session:
         from qemu_postcopy.vm.process import ProcessIdentity
 
         self._require(State.FOUND)
+        if offered is not None:
+            taken, target = offered
+            self.attached_by, self._negotiated = "preload", True
+            self._keep_userfaultfd(taken)
+            self._cleanup.callback(target.close)
         self.identity = ProcessIdentity.open(pid)
         self._cleanup.callback(self.identity.close)
         self.identity.require_qemu()
-        self._target, self._monitor, self._presumed = self.identity, monitor, True
+        self._target = self.identity if offered is None else offered[1]
+        self._monitor, self._presumed = monitor, True
         self._prepare()
-        self._layout = presume_layout(self.identity, self.image.manifest.blocks)
+        self._layout = presume_layout(self._target, self.image.manifest.blocks)
         self._enter(State.FOUND)
+
+    @property
+    def layout(self) -> tuple[RamBlock, ...]:
+        """Where the blocks lie, once that is known."""
+        return tuple(self._layout)
 
     def attach(self) -> None:
         """Empties RAM that is filled ahead, and takes the userfaultfd if launching did not do so.
@@ -683,6 +705,12 @@ class Session:
                     f"it is loaded and served: stop the other guest, then let this one run ({how})"
                 )
             raise MismatchError(f"the guest cannot start: {reason}", hint=hint) from error
+        self._resumed = True
+        self._enter(State.RUNNING)
+
+    def is_let_run_by_others(self) -> None:
+        """libvirt lets the guest run, or not, as it was told: there is nothing to do."""
+        self._require(State.RUNNING)
         self._resumed = True
         self._enter(State.RUNNING)
 
@@ -1064,7 +1092,7 @@ class Session:
         from qemu_postcopy.vm.emptiness import require_empty
 
         assert self.identity is not None and self._target is not None
-        if self._way is None or not self._way.negotiated:
+        if not self._negotiated and (self._way is None or not self._way.negotiated):
             registration.negotiate(self._userfaultfd, self._features)
         try:
             for block in self._layout:

@@ -6,6 +6,7 @@ Only arguments are understood here; each command imports what it needs when it r
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -144,6 +145,57 @@ def unset_command(domain: str, uri: str) -> None:
     from qemu_postcopy.libvirt.settings import change_settings
 
     asyncio.run(change_settings(uri, domain, lambda _: None))
+
+
+@libvirt_commands.command("install-hooks")
+@click.option("--remove", is_flag=True, help="Take the hook away again.")
+@AS_JSON
+def install_hooks_command(remove: bool, as_json: bool) -> None:
+    """Install the hook that has plain virsh do what a domain's settings say.
+
+    One script in /etc/libvirt/hooks/qemu.d, beside those that are there, and the library that QEMU
+    loads. Domains without settings of ours are not touched. Installing again changes nothing, or
+    renews what an update of this program has changed. libvirt looks for hooks when it starts: where
+    these are its first, it is to be started again (guests run on).
+
+    \b
+    Examples:
+      qemu-postcopy libvirt install-hooks && systemctl restart libvirtd
+      qemu-postcopy libvirt install-hooks --remove
+    """
+    from dataclasses import asdict
+
+    from qemu_postcopy.libvirt import hook_install
+
+    done = hook_install.remove() if remove else hook_install.install()
+    if as_json:
+        click.echo(json.dumps(asdict(done), default=str))
+        return
+    what = "removed" if remove else "installed"
+    click.echo(f"{done.script}: {what if done.changed else f'was {what} already'}")
+    if done.restart:
+        click.echo("start libvirt's daemon again: systemctl restart libvirtd (or virtqemud)")
+
+
+@libvirt_commands.command("save-file")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+def save_file_command(image: Path, file: Path) -> None:
+    """Write FILE, from which plain `virsh restore` restores the domain in IMAGE lazily.
+
+    IMAGE is what `snapshot --connect` made, and must stay where it is; FILE says only where. Where
+    the hook of install-hooks is not there, virsh restore fails, and says "not a migration stream".
+
+    \b
+    Example:
+      qemu-postcopy snapshot --connect qemu:///system --then quit web web.qpc
+      qemu-postcopy libvirt save-file web.qpc web.save
+      virsh restore web.save
+    """
+    from qemu_postcopy.libvirt.lazy_save import write_lazy_save
+
+    write_lazy_save(image, file)
+    click.echo(f"{file}: restore it by virsh restore")
 
 
 def _say(settings: Any) -> str:

@@ -201,7 +201,7 @@ async def restore_domain(
             async with await Connection.open(options.uri) as connection:
                 connection.require_local()
                 await _start(connection, options, saved, session, control)
-            await _confirm(session)
+            await confirm(session)
             if not paused:
                 await resume(session)
             await serve_to_the_end(session)
@@ -219,7 +219,7 @@ async def restore_domain(
             run.release()
 
 
-async def _confirm(session: Session) -> None:
+async def confirm(session: Session) -> None:
     """As :meth:`Session.confirm`, also where libvirtd is just being started again."""
     for wait in CONFIRM_PAUSES:
         try:

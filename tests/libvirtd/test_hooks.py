@@ -1,0 +1,218 @@
+"""Plain virsh restores lazily where the hook is installed; nobody else is touched by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from libvirtd.daemons import Host
+from libvirtd.domains import Domain, start_domain
+from vm.guests import wait_until
+
+from qemu_postcopy.images.guest_image import GuestImage
+
+pytestmark = pytest.mark.needs("guest", "uffd", "root")
+
+MEMFD = "<source type='memfd'/><access mode='shared'/>"
+ASKS = '<paging><sidecar restore="lazy"/></paging>'
+NAMESPACE = "http://qemu-postcopy/xmlns/domain/1.0"
+
+
+@pytest.fixture
+def hooked(host: Host) -> Iterator[Host]:
+    """A host with the hook; it had none before."""
+    done = json.loads(host.tool("libvirt", "install-hooks", "--json").stdout)
+    if done["restart"] and not (host.directory / "hooks-seen").exists():
+        host.restart_daemon("libvirtd")
+        (host.directory / "hooks-seen").touch()
+    yield host
+    host.clean()
+    host.tool("libvirt", "install-hooks", "--remove")
+
+
+def sidecars(host: Host) -> list[int]:
+    return host.processes(program=f"{sys.executable}\0-P\0-m\0qemu_postcopy")
+
+
+def run_directories(host: Host) -> list[str]:
+    base = host.directory / "run/qemu-postcopy"
+    return [path.name for path in base.iterdir()] if base.is_dir() else []
+
+
+def ask(host: Host, name: str, text: str = ASKS) -> None:
+    """By virsh, as an operator does without our tool."""
+    host.virsh("metadata", name, "--uri", NAMESPACE, "--key", "postcopy", "--set", text)
+
+
+def entries(host: Host) -> list[dict[str, object]]:
+    found = json.loads(host.tool("list", "--json").stdout)
+    assert isinstance(found, list)
+    return found
+
+
+def require_nothing_left(host: Host, directory: Path) -> None:
+    wait_until(lambda: sidecars(host) == [], "the sidecars have ended")
+    assert host.qemus() == []
+    assert run_directories(host) == []
+    assert list((host.directory / "run/qemu-postcopy-hook").iterdir()) == []
+    assert [path.name for path in directory.glob(".*")] == []
+
+
+def started(host: Host, image: GuestImage, directory: Path, **choices: object) -> Domain:
+    domain = start_domain(host, image, directory, "guest", **choices)
+    domain.wait_ready()
+    return domain
+
+
+@pytest.mark.parametrize("backing", ["anonymous", pytest.param("memfd", marks=pytest.mark.soak)])
+def test_virsh_restores_what_virsh_has_saved_lazily_and_leaves_nothing(
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path, backing: str
+) -> None:
+    host = hooked
+    memory = MEMFD if backing == "memfd" else ""
+    domain = started(host, shared_guest, shared_dir, memory_backing=memory)
+    ask(host, "guest", '<paging><background fill="no"/></paging>')
+    path = shared_dir / "guest.save"
+    host.virsh("save", "guest", path)
+    content = path.read_bytes()
+    host.virsh("restore", path)
+    domain.console.wait_passes(1)
+    (entry,) = entries(host)
+    assert (entry["domain"], entry["state"]) == ("guest", "running")
+    assert entry["sidecar_pid"] in sidecars_inside(host)
+    assert path.read_bytes() == content
+
+    # It is a domain like any other, also while it is being filled, and can be restored eagerly.
+    again = shared_dir / "again.save"
+    host.virsh("save", "guest", again)
+    require_nothing_left(host, shared_dir)
+    host.tool("libvirt", "install-hooks", "--remove")
+    host.virsh("restore", again)
+    domain.console.wait_passes(1)
+    assert entries(host) == []
+    host.virsh("destroy", "guest")
+    require_nothing_left(host, shared_dir)
+
+
+def sidecars_inside(host: Host) -> list[int]:
+    """Their PIDs as the host's own processes see them."""
+    found = []
+    for pid in sidecars(host):
+        text = Path(f"/proc/{pid}/status").read_text()
+        found.append(int(text.split("NSpid:")[1].splitlines()[0].split()[-1]))
+    return found
+
+
+def test_a_lazy_save_file_is_restored_by_plain_virsh_and_never_without_the_hook(
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    host = hooked
+    domain = started(host, shared_guest, shared_dir, memory_backing=MEMFD, fill_mib=8)
+    image, path = shared_dir / "guest.qpc", shared_dir / "guest.save"
+    host.tool("snapshot", "--connect", "qemu:///system", "--then", "quit", "guest", image)
+    wait_until(lambda: host.qemus() == [], "its QEMU has ended")
+    host.tool("libvirt", "save-file", image, path)
+
+    host.virsh("restore", "--paused", path)
+    assert domain.state() == "paused"
+    (entry,) = entries(host)
+    assert entry["image"] == str(image)
+    host.virsh("resume", "guest")
+    domain.console.wait_passes(1)
+    host.virsh("destroy", "guest")
+    require_nothing_left(host, shared_dir)
+
+    # Another image in its place, or none: the hook refuses, and says why.
+    (shared_dir / "guest.qpc").rename(shared_dir / "elsewhere")
+    said = host.run("virsh", "restore", path, status=1).stderr
+    assert "qemu-postcopy" in said and "guest.qpc" in said
+    (shared_dir / "elsewhere").rename(image)
+    assert host.qemus() == []
+
+    host.tool("libvirt", "install-hooks", "--remove")
+    said = host.run("virsh", "restore", path, status=1).stderr
+    assert "migration" in said
+    assert host.qemus() == []
+    assert host.domains() == []
+    require_nothing_left(host, shared_dir)
+
+
+def test_a_managed_save_of_a_supervised_domain_is_started_lazily_and_its_sidecar_replaced(
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    host = hooked
+    domain = started(host, shared_guest, shared_dir, fill_mib=8)
+    (shared_dir / "guest.xml").write_text(host.virsh("dumpxml", "guest"))
+    host.virsh("define", shared_dir / "guest.xml")
+    host.tool("libvirt", "set", "guest", "--no-background", "--supervise")
+    host.virsh("managedsave", "guest")
+    host.virsh("start", "guest")
+    domain.console.wait_more_ticks(2)
+    (entry,) = entries(host)
+    victim = next(
+        pid for pid in sidecars(host) if f"NSpid:\t{pid}\t{entry['sidecar_pid']}\n" in status(pid)
+    )
+    os.kill(victim, signal.SIGKILL)
+    domain.console.wait_passes(1)
+    (entry,) = entries(host)
+    assert entry["state"] == "running"
+    os.kill(host.qemus()[0], signal.SIGKILL)  # a crash
+    wait_until(lambda: domain.state() == "shut off", "libvirt has noticed")
+    require_nothing_left(host, shared_dir)
+
+
+def status(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.soak
+def test_a_restore_by_the_hook_that_fails_leaves_the_file_and_nothing_else(
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    host = hooked
+    started(host, shared_guest, shared_dir, fill_mib=8)
+    ask(host, "guest")
+    path = shared_dir / "guest.save"
+    host.virsh("save", "guest", path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    host.virsh("restore", path, status=1)
+    require_nothing_left(host, shared_dir)
+    # libvirt gives up before QEMU: the offer is withdrawn.
+    path.write_bytes(whole)
+    conflict = shared_dir / "conflict.xml"
+    conflict.write_text(host.virsh("save-image-dumpxml", path).replace("vmlinuz", "missing"))
+    host.virsh("restore", path, "--xml", conflict, status=1)
+    require_nothing_left(host, shared_dir)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("what", ["no settings", "eager", "misspelt", "broken", "hanging"])
+def test_a_domain_that_asks_for_nothing_or_a_hook_that_is_broken_is_as_without_it(
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path, what: str
+) -> None:
+    host = hooked
+    domain = started(host, shared_guest, shared_dir, fill_mib=8)
+    if what == "eager":
+        ask(host, "guest", '<paging><sidecar restore="eager"/></paging>')
+    elif what == "misspelt":
+        ask(host, "guest", '<paging><sidecar restore="lzay"/></paging>')
+    elif what != "no settings":
+        ask(host, "guest")
+        script = host.directory / "etc/hooks/qemu.d/50-qemu-postcopy"
+        program = {"broken": "false", "hanging": "sleep"}[what]
+        text = script.read_text().replace(
+            f"'{sys.executable}' -P -m qemu", f"/bin/{program} 60 -m qemu"
+        )
+        script.write_text(text.replace(" 20 ", " 1 "))
+    path = shared_dir / "guest.save"
+    host.virsh("save", "guest", path)
+    host.virsh("restore", path)
+    domain.console.wait_passes(1)
+    assert entries(host) == []
+    assert "LD_PRELOAD" not in host.virsh("dumpxml", "guest")
