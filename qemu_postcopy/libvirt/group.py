@@ -198,6 +198,32 @@ def save_file_command(image: Path, file: Path) -> None:
     click.echo(f"{file}: restore it by virsh restore")
 
 
+@libvirt_commands.command("confinement")
+@AS_JSON
+def confinement_command(as_json: bool) -> None:
+    """How QEMU is allowed under AppArmor or SELinux what paging its memory needs.
+
+    Prints where the rules lie and the commands that put them in force, and changes nothing. No
+    security driver has to be switched off, and libvirt's own sandbox needs nothing at all.
+
+    \b
+    Examples:
+      qemu-postcopy libvirt confinement
+      qemu-postcopy libvirt confinement --json | jq -r '.steps.selinux[]'
+    """
+    from qemu_postcopy.libvirt import confinement
+
+    active, steps = confinement.in_force(), confinement.steps()
+    if as_json:
+        click.echo(json.dumps({"in_force": active, "steps": steps}, indent=2))
+        return
+    click.echo(f"in force on this host: {' and '.join(active) or 'neither AppArmor nor SELinux'}")
+    for driver, commands in steps.items():
+        click.echo(f"\n{driver}, as root:")
+        for command in commands:
+            click.echo(f"  {command}")
+
+
 def _say(settings: Any) -> str:
     """In words."""
     if settings is None:

@@ -86,6 +86,7 @@ def test_virsh_restores_what_virsh_has_saved_lazily_and_leaves_nothing(
     assert (entry["domain"], entry["state"]) == ("guest", "running")
     assert entry["sidecar_pid"] in sidecars_inside(host)
     assert path.read_bytes() == content
+    require_stock_sandbox(host)
 
     # It is a domain like any other, also while it is being filled, and can be restored eagerly.
     again = shared_dir / "again.save"
@@ -97,6 +98,14 @@ def test_virsh_restores_what_virsh_has_saved_lazily_and_leaves_nothing(
     assert entries(host) == []
     host.virsh("destroy", "guest")
     require_nothing_left(host, shared_dir)
+
+
+def require_stock_sandbox(host: Host) -> None:
+    """libvirt's own user, private /dev and seccomp filter, as without us."""
+    (qemu,) = host.qemus()
+    assert "Uid:\t64055" in status(qemu) and "Seccomp:\t2" in status(qemu)
+    namespaces = [Path(f"/proc/{pid}/ns/mnt").readlink() for pid in (qemu, host.pid)]
+    assert namespaces[0] != namespaces[1]
 
 
 def sidecars_inside(host: Host) -> list[int]:
