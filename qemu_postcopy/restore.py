@@ -111,6 +111,7 @@ async def restore(
                 await session.launch(argv, as_recorded=options.launches_as_recorded(image.manifest))
             session.attach()
             session.serve()
+            session.begin_to_load()
             await control.start()
             await session.load_device_state()
             if not options.paused:
@@ -143,26 +144,27 @@ async def resume(session: Session) -> None:
 
 async def serve_to_the_end(session: Session) -> None:
     """From the moment when the guest runs until it needs no sidecar any more."""
-    session.start_background()
     complete = asyncio.Event()
     # A guest that waits for a page under QEMU's lock keeps QEMU from answering.
-    learning = asyncio.create_task(_learn_threads(session, complete))
+    going_on = asyncio.create_task(_after_first_steps(session, complete))
     try:
         await session.wait_complete()
         complete.set()
-        await learning
+        await going_on
     finally:
-        learning.cancel()
-        await asyncio.wait({learning})
+        going_on.cancel()
+        await asyncio.wait({going_on})
     session.detach()
 
 
-async def _learn_threads(session: Session, complete: asyncio.Event) -> None:
-    """Asks QEMU a few questions, and leaves its monitor to others: not while the guest does its
-    first steps, which QEMU's answers would slow down."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(FIRST_STEPS_SECONDS):
-            await complete.wait()
+async def _after_first_steps(session: Session, complete: asyncio.Event) -> None:
+    """Begins to fill what nobody asks for, and asks QEMU a few questions, and leaves its monitor to
+    others: not while the guest does its first steps, which all that would slow down."""
+    if session.has_just_begun():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_STEPS_SECONDS):
+                await complete.wait()
+    session.start_background()
     await session.learn_threads()
     await session.release_monitor()
 

@@ -196,6 +196,8 @@ class Session:
         self._layout: list[RamBlock] = []
         #: what a launched QEMU loads its state through
         self._gate: Gate | None = None
+        #: how much of it is let in, and up to where it may be before QEMU has said what it has
+        self._let_in = self._held_from = 0
         #: the one block, where it was seen before QEMU could be asked
         self._foreseen: RamBlock | None = None
         #: how the userfaultfd is had
@@ -238,7 +240,9 @@ class Session:
     async def launch(self, argv: list[str], *, as_recorded: bool = False) -> None:
         """Starts QEMU and checks that it fits.
 
-        Everything that needs no answer from QEMU is done while QEMU starts: it takes 30 to 50 ms.
+        QEMU takes 30 to 50 ms to start, and longer the more we do meanwhile: two threads of a
+        processor share it.  So what needs nothing of QEMU is done before, and only what needs no
+        answer of it while it starts.
 
         Args:
             argv: without monitor, with ``-incoming defer`` (spec.restore_arguments).
@@ -271,10 +275,12 @@ class Session:
             self._cleanup.callback(self._gate.close)
             argv = self._gate.put_into(argv)
             passed.append(self._gate.reader)
+        self._prepare()
         self.launched_ns = time.monotonic_ns()
         self._try_record()  # before there is a QEMU that nobody would know of
         taking: asyncio.Future[None] | None = None
         too_late = threading.Event()
+        self.launched_ns = time.monotonic_ns()
         try:
             self._owned = launch(
                 argv, self.run.path, pass_descriptors=passed, environment=way.environment()
@@ -324,7 +330,6 @@ class Session:
         assert self._owned is not None
         # From here on there is a QEMU; whoever comes after us must be able to end it.
         self._try_record()
-        self._prepare()
         if self._gate is None:
             self._owned.ask_ahead((*QUESTIONS, *migration.LOAD_QUESTIONS), self._device_state)
         else:
@@ -346,9 +351,16 @@ class Session:
             await asyncio.wait({starting})
 
     def _presume_foreseen(self) -> None:
-        """Prepares for the layout that was seen, if one was and this was not done before."""
+        """Prepares for the layout that was seen, if one was and this was not done before.
+
+        QEMU fills nothing of it in advance: that was no plain command line.
+        """
+        from qemu_postcopy.vm.collapse import refuse_collapsible
+
         if self._foreseen is not None and not self._presumed:
+            assert self.identity is not None
             self._layout, self._presumed = [self._foreseen], True
+            refuse_collapsible(self._layout, self.identity)
             self._prepare_serving()
 
     async def find(self, qmp_path: Path) -> None:
@@ -416,7 +428,7 @@ class Session:
         return tuple(self._layout)
 
     def attach(self) -> None:
-        """Empties RAM that is filled ahead, and takes the userfaultfd if launching did not do so.
+        """Empties RAM that is filled ahead, and takes the userfaultfd, if launching did not do so.
 
         Raises:
             AttachError: rights are missing, or RAM is of a kind that cannot be paged; QEMU is left
@@ -427,9 +439,10 @@ class Session:
 
         self._require(State.ATTACHED)
         assert self._target is not None
-        refuse_collapsible(self._layout, self._target)
-        for block in self._layout:
-            ensure_empty(block, self._target)
+        if self._foreseen is None:
+            refuse_collapsible(self._layout, self._target)
+            for block in self._layout:
+                ensure_empty(block, self._target)
         if self._userfaultfd < 0:
             self._take_userfaultfd()
         self._enter(State.ATTACHED)
@@ -571,8 +584,21 @@ class Session:
                 await self.wait_gone()
         self.identity.require_alive()
 
+    def begin_to_load(self) -> None:
+        """Lets QEMU load what it can before it is asked anything: it waits for that.
+
+        All but the end, so that it cannot finish: only where its memory was foreseen, and when that
+        is registered and served.
+        """
+        from qemu_postcopy.image.device_state import end_of_sections
+
+        self._require(State.LOADED)
+        if self._gate is not None and self._presumed:
+            self._held_from = end_of_sections(self._device_state)
+            self._let_in = self._gate.let_in_now(self._device_state, 0, self._held_from)
+
     async def load_device_state(self) -> None:
-        """Lets QEMU load everything but the memory.
+        """Lets QEMU load everything but the memory; what :meth:`begin_to_load` has begun, or all.
 
         Raises:
             MismatchError: QEMU refused it; its words are in the message.
@@ -640,33 +666,30 @@ class Session:
         self._presumed = False
 
     async def _load_through(self, gate: Gate) -> None:
-        """Lets all but the end in before QEMU has said where its memory is, if that was foreseen:
-        it may not finish before the answer is known to be the same.
+        """Has QEMU say where its memory is before it gets the end, if that was foreseen: it may not
+        finish before the answer is known to be the same.
 
         Raises:
             AttachError, MismatchError: it is another, or the guest would miss its interrupts.
             HostError: session.json cannot be written.
         """
-        from qemu_postcopy.image.device_state import end_of_sections
         from qemu_postcopy.vm import migration
 
-        begin = 0
-        letting_in: asyncio.Task[None] | None = None
+        letting_in = asyncio.create_task(
+            gate.let_in(self._device_state, self._let_in, self._held_from)
+        )
         try:
-            if self._qmp is None:
-                begin = end_of_sections(self._device_state)
-                letting_in = asyncio.create_task(gate.let_in(self._device_state, 0, begin))
-                await asyncio.sleep(0)  # it begins now: QEMU waits for it
+            if self._presumed:
                 await self._confirm_foreseen()
             self._try_record()
-            if letting_in is not None:
-                await letting_in
+            await letting_in
         finally:
-            if letting_in is not None:
-                letting_in.cancel()
-                await asyncio.wait({letting_in})
+            letting_in.cancel()
+            await asyncio.wait({letting_in})
         assert self._qmp is not None
-        self._runs = await migration.load_through(self._qmp, gate, self._device_state, begin)
+        self._runs = await migration.load_through(
+            self._qmp, gate, self._device_state, self._held_from
+        )
 
     async def _confirm_foreseen(self) -> None:
         from qemu_postcopy.vm import async_page_faults, layout
@@ -755,6 +778,10 @@ class Session:
     def has_guest(self) -> bool:
         """True while there is a guest that depends on this session."""
         return self._unsettled or self.state in GUEST_STATES
+
+    def has_just_begun(self) -> bool:
+        """Whether it was this session that let the guest run."""
+        return self._resumed and self.state is State.RUNNING
 
     def fill_at_full_speed(self) -> None:
         """Fills the rest now, whatever the options say."""

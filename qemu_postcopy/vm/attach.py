@@ -8,6 +8,7 @@ TOTAL_LIMIT_MS plus a second; any thread may run it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -22,7 +23,7 @@ from qemu_postcopy.vm.process import ProcessIdentity, Thread
 
 #: How long a QEMU that was just started may take to have a second thread, and how often to look.
 HELPER_LIMIT_SECONDS = 1.0
-HELPER_POLL_SECONDS = 0.001
+HELPER_POLL_SECONDS = 0.002
 PER_THREAD_LIMIT_MS = 50
 TOTAL_LIMIT_MS = 5000
 #: As much private memory as one stop drops; filled with small pages that takes some 0.1 s.
@@ -83,8 +84,10 @@ def wait_for_helper_thread(identity: ProcessIdentity) -> None:
     be opened while QEMU starts.  After HELPER_LIMIT_SECONDS it returns in any case.
     """
     deadline = time.monotonic() + HELPER_LIMIT_SECONDS
-    while len(identity.threads()) < 2 and time.monotonic() < deadline:
-        time.sleep(HELPER_POLL_SECONDS)
+    threads = f"/proc/{identity.pid}/task"
+    with contextlib.suppress(OSError):  # it has ended: whoever asks it next is told so
+        while len(os.listdir(threads)) < 2 and time.monotonic() < deadline:  # noqa: PTH208
+            time.sleep(HELPER_POLL_SECONDS)
 
 
 def take_userfaultfd(identity: ProcessIdentity) -> TakenDescriptor:

@@ -23,7 +23,7 @@ from qemu_postcopy.vm.spec import options_of
 #: How QEMU names the memfd of a memory-backend-memfd (hostmem-memfd.c).
 MEMFD_NAME = "/memfd:memory-backend-memfd"
 SMALL_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-POLL_SECONDS = 0.001
+POLL_SECONDS = 0.003
 #: Properties of the back-end that change nothing of where its memory lies and what is in it.
 PLAIN_PROPERTIES = {"id", "size", "share"}
 #: Options of QEMU that need no question, whatever their value is ...
@@ -136,10 +136,11 @@ def foresee(
 def _memfd(identity: ProcessIdentity) -> Path | None:
     """/proc/PID/fd/N of the back-end's memfd, None before there is one: that is a cheaper question
     than all that a starting QEMU maps."""
-    for descriptor in Path(f"/proc/{identity.pid}/fd").iterdir():
+    directory = f"/proc/{identity.pid}/fd"
+    for name in os.listdir(directory):  # noqa: PTH208  (asked again and again)
         try:
-            if str(descriptor.readlink()).startswith(MEMFD_NAME):
-                return descriptor
+            if os.readlink(f"{directory}/{name}").startswith(MEMFD_NAME):  # noqa: PTH115
+                return Path(directory, name)
         except FileNotFoundError:
             continue  # closed meanwhile
     return None

@@ -38,17 +38,25 @@ class Gate:
         words[words.index("-incoming") + 1] = f"fd:{self.reader}"
         return words
 
-    async def let_in(self, stream: int, begin: int, end: int) -> None:
-        """Bytes ``begin`` to ``end`` of the file ``stream``, as QEMU takes them.
+    def let_in_now(self, stream: int, begin: int, end: int) -> int:
+        """As many of the bytes ``begin`` to ``end`` of the file ``stream`` as there is room for in
+        the pipe; returns up to where.
 
-        A QEMU that has ended takes nothing more; that is for others to notice.
+        A QEMU that has ended takes everything; that is for others to notice.
         """
-        with contextlib.suppress(BrokenPipeError):
+        try:
             while begin < end:
-                try:
-                    begin += os.splice(stream, self._writer, end - begin, offset_src=begin)
-                except BlockingIOError:
-                    await self._writable()
+                begin += os.splice(stream, self._writer, end - begin, offset_src=begin)
+        except BlockingIOError:
+            return begin
+        except BrokenPipeError:
+            return end
+        return begin
+
+    async def let_in(self, stream: int, begin: int, end: int) -> None:
+        """All of them, as QEMU takes them."""
+        while (begin := self.let_in_now(stream, begin, end)) < end:
+            await self._writable()
 
     async def _writable(self) -> None:
         loop = asyncio.get_running_loop()

@@ -22,6 +22,7 @@ STEPS: dict[str, tuple[Callable[[Session], Any], State]] = {
     "find": (lambda session: session.find(Path("/nowhere")), State.FOUND),
     "attach": (lambda session: session.attach(), State.ATTACHED),
     "serve": (lambda session: session.serve(), State.SERVING),
+    "begin_to_load": (lambda session: session.begin_to_load(), State.LOADED),
     "load_device_state": (lambda session: session.load_device_state(), State.LOADED),
     "resume": (lambda session: session.resume(), State.RUNNING),
     "wait_complete": (lambda session: session.wait_complete(), State.COMPLETE),
