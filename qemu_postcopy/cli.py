@@ -691,8 +691,21 @@ def chaos(name: str, what: str | None) -> None:
     ask(RunDirectory.find(name).control_socket, "chaos", enabled=enabled)
 
 
+def _open_standard_streams() -> None:
+    """Whoever has closed some of them (cron, a daemon) would have them be what is opened next: the
+    lock of a run directory, or a socket of QEMU's."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def main() -> None:
     """Entry point: runs the command, turns our exceptions into a message and an exit status."""
+    _open_standard_streams()
     try:
         commands.main(standalone_mode=False)
     except PostcopyError as error:

@@ -151,6 +151,14 @@ def serve(job: Job, reports: IO[str]) -> int:
         interrupted = errors.OperationCancelledError("interrupted before there was a guest")
         tell(interrupted)
         return interrupted.exit_code
+    except OSError as error:
+        log.exception("the host refused something")
+        refused = errors.HostError(
+            f"this host refused the sidecar something: {error}",
+            hint="look at the caller's limits (ulimit -a) and at the room on file systems",
+        )
+        tell(refused)
+        return refused.exit_code
     except Exception as error:
         log.exception("the sidecar failed")
         tell(errors.SidecarError(f"internal error: {error!r}"))

@@ -127,7 +127,8 @@ class Qmp(Monitor):
         except TimeoutError as error:
             raise QmpError(
                 f"no greeting from QEMU on {label} within {timeout:g} s",
-                hint="A monitor serves one client at a time: another may be connected.",
+                hint="A monitor serves one client at a time: another may be connected; or QEMU "
+                "is stopped, or busy.",
             ) from error
         except (QMPError, OSError) as error:
             cause = error.exc if isinstance(error, ConnectError) else error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from kvm.micro import KVM, RESTORE, TCG, Accelerator, boot, passes, save, wait_more_passes
-from vm.guests import Guest, Lab, Snapshot, cli, launched_offering, refused
+from vm.guests import Guest, Lab, Snapshot, cli, launched_offering, refused, wait_until
 
 from qemu_postcopy.images.micro_guest import MicroGuest, build_micro_guest
 
@@ -52,6 +52,8 @@ def test_a_guest_of_our_own_is_offered_them_and_status_says_that_it_takes_part(
     snapshot = saved(lab, workers, qemu_binary, KVM)
     guest = lab.restore(snapshot, *RESTORE, "--no-working-set")
     wait_more_passes(guest, range(2), 1)
+    # QEMU is asked beside the serving.
+    wait_until(lambda: guest.status()["vcpus"]["async_page_faults"] != "unknown", "it is known")
     vcpus = guest.status()["vcpus"]
     assert vcpus["async_page_faults"] == "on"
     assert vcpus["async_share"] > 0
