@@ -97,6 +97,9 @@ WORKING_SET_SECONDS = 1.0
 DIRECTORY_SECONDS = 3.0
 #: How long a taken-over guest's monitor may take to answer; an operator may be using it.
 MONITOR_SECONDS = 1.0
+#: How often, and how long apart, it is tried to let go of memory that QEMU is unmapping.
+UNMAP_ATTEMPTS = 20
+UNMAP_SECONDS = 0.01
 #: States in which there is a guest to lose.
 GUEST_STATES = (State.LOADED, State.RUNNING, State.COMPLETE)
 #: States that ``session.json`` is written in; the sidecar itself tells of the others.
@@ -892,12 +895,10 @@ class Session:
         The pager goes on reading events until the last block is unregistered, since a thread of
         QEMU that gives memory back waits until its event is read.
         """
-        from qemu_postcopy.paging import registration
-
         self._require(State.DETACHED)
         assert self.pager is not None
         for block in self._layout:
-            registration.unregister(self._userfaultfd, block.address, block.size_bytes)
+            self._unregister_mapped(block)
         self._enter(State.DETACHED)
         self.pager.stop()
 
@@ -1198,6 +1199,25 @@ class Session:
             except (PostcopyError, OSError) as error:
                 log.warning("the image's device state cannot be looked at: %s", error)
         return self._asked_async
+
+    def _unregister_mapped(self, block: RamBlock) -> None:
+        """All of a block but what QEMU has unmapped (`object-del`): anything may lie there now."""
+        from qemu_postcopy.paging import registration
+
+        assert self._ledger is not None
+        for attempt in range(UNMAP_ATTEMPTS):
+            try:
+                for first, count in self._ledger.mapped_runs(block.name):
+                    size = block.page_size_bytes
+                    registration.unregister(
+                        self._userfaultfd, block.address + first * size, count * size
+                    )
+                return
+            except HostError:
+                # It may have been unmapped just now: the pager is told of that afterwards.
+                if attempt + 1 == UNMAP_ATTEMPTS:
+                    raise
+                time.sleep(UNMAP_SECONDS)
 
     def _unregister_empty(self) -> None:
         """QEMU is somebody else's: where nothing was loaded it is left as it was found.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ MISSING, FILLING, PRESENT, REMOVED, UNMAPPED, RETURNED = (
     lib.QPC_PAGE_UNMAPPED,
     lib.QPC_PAGE_RETURNED,
 )
+MAPPED_RUN = re.compile(b"[^" + re.escape(bytes((UNMAPPED,))) + b"]+")
 KNOWN_STATES = bytes((MISSING, FILLING, PRESENT, REMOVED, UNMAPPED, RETURNED))
 
 
@@ -181,6 +183,11 @@ class Ledger:
             pages.append(page)
             page = states.find(wanted, page + 1)
         return pages
+
+    def mapped_runs(self, name: str) -> list[tuple[int, int]]:
+        """First page and count of each part of a block that the mapper has not unmapped."""
+        found = MAPPED_RUN.finditer(self.states(name))
+        return [(run.start(), run.end() - run.start()) for run in found]
 
     def set_present(self, name: str, page: int) -> None:
         """Marks one page as filled.  Only while no pager has the ledger."""

@@ -14,6 +14,7 @@ from qemu_postcopy.paging.ledger import (
     ENTRY,
     HEADER,
     JOURNAL_BYTES,
+    UNMAPPED,
     Ledger,
     LedgerBlock,
 )
@@ -122,3 +123,13 @@ def test_more_blocks_than_there_can_be_are_refused(path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ImageError, match="bad header"):
         Ledger.open(path)
+
+
+def test_unmapped_parts_are_left_out_of_what_is_mapped(path: Path) -> None:
+    with Ledger.create(path, BLOCKS) as ledger:
+        assert ledger.mapped_runs("m0") == [(0, 3)]
+        begin = ledger.block("pc.ram").offset
+        ledger.mapping[begin + 10 : begin + 4000] = bytes([UNMAPPED]) * 3990
+        assert ledger.mapped_runs("pc.ram") == [(0, 10), (4000, 1000)]
+        ledger.mapping[begin : begin + 5000] = bytes([UNMAPPED]) * 5000
+        assert ledger.mapped_runs("pc.ram") == []
