@@ -36,7 +36,8 @@ from qemu_postcopy.progress import ByteProgress
 from qemu_postcopy.vm import migration
 from qemu_postcopy.vm.guard import Guard
 from qemu_postcopy.vm.launch import OPERATOR_ID
-from qemu_postcopy.vm.layout import parse_ramblocks
+from qemu_postcopy.vm.layout import block_of, parse_ramblocks
+from qemu_postcopy.vm.memory_devices import current_arguments, require_migratable
 from qemu_postcopy.vm.monitor import Monitor
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.qmp import Qmp
@@ -216,14 +217,11 @@ async def _report(qmp: Monitor, progress: ByteProgress) -> None:
 
 async def _lazy_blocks(qmp: Monitor) -> dict[str, int]:
     """The RAM blocks that belong to memory back-ends, with their page sizes in bytes."""
-    backends = {entry["id"] for entry in await qmp.memory_backends()}
     listed = parse_ramblocks(await qmp.human("info ramblock"))
-    # A block is named by its back-end's id, or by its path on older machine types.
-    return {
-        block.name: block.page_size_bytes
-        for block in listed
-        if block.name.removeprefix("/objects/") in backends
-    }
+    blocks = [
+        block_of(backend["id"], backend["size"], listed) for backend in await qmp.memory_backends()
+    ]
+    return {block.name: block.page_size_bytes for block in blocks if block is not None}
 
 
 async def _require_pageable(qmp: Monitor) -> None:
@@ -231,6 +229,7 @@ async def _require_pageable(qmp: Monitor) -> None:
     reasons = await refusals(qmp)
     if reasons:
         raise MismatchError("this guest cannot be resumed lazily: " + "; ".join(reasons))
+    await require_migratable(qmp)
 
 
 #: What the manifest says of the guest, as :meth:`ImageWriter.finish` takes it.
@@ -254,7 +253,7 @@ async def _reach(options: SnapshotOptions) -> AsyncIterator[tuple[Monitor, str, 
 async def _describe(qmp: Qmp) -> dict[str, Any]:
     with ProcessIdentity.open(qmp.peer_pid()) as identity:
         identity.require_qemu()
-        argv = identity.cmdline()
+        argv = await current_arguments(qmp, identity.cmdline())
         pid = identity.pid
     run_directory = next(
         (str(Path(part).parent) for part in _monitor_paths(argv) if part.endswith("/qmp.sock")),

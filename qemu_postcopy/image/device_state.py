@@ -48,7 +48,13 @@ class DevicePart:
 
 
 def read_device_part(
-    fd: int, begin_bytes: int, end_bytes: int, stream_offset_bytes: int, *, sections: bool
+    fd: int,
+    begin_bytes: int,
+    end_bytes: int,
+    stream_offset_bytes: int,
+    *,
+    sections: bool,
+    early: int = 0,
 ) -> DevicePart:
     """Checks that the device part is whole and reads its description.
 
@@ -56,6 +62,7 @@ def read_device_part(
         fd: a file that nobody else writes; begin_bytes, end_bytes: the part's place in it.
         stream_offset_bytes: the stream offset of ``begin_bytes``, for what is reported.
         sections: find the devices' sections too; otherwise ``devices`` is empty.
+        early: how many devices' states came before the RAM's end; the description names them first.
 
     Raises:
         ImageError: the part is truncated or does not match its description.
@@ -69,7 +76,11 @@ def read_device_part(
         devices: tuple[DeviceSection, ...] = ()
         if sections:
             devices = _find_sections(
-                data, begin_bytes, end_of_sections, stream_offset_bytes - begin_bytes, description
+                data,
+                begin_bytes,
+                end_of_sections,
+                stream_offset_bytes - begin_bytes,
+                _section_keys(description)[early:],
             )
     return DevicePart(devices, description)
 
@@ -124,10 +135,9 @@ def _read_description(data: mmap.mmap, begin: int, end: int) -> tuple[int, dict[
 
 
 def _find_sections(
-    data: mmap.mmap, begin: int, end: int, shift: int, description: dict[str, Any]
+    data: mmap.mmap, begin: int, end: int, shift: int, keys: list[tuple[str, int]]
 ) -> tuple[DeviceSection, ...]:
     """Walks the FULL sections; lengths are not in the stream, but the next header is known."""
-    keys = _section_keys(description)
     starts: list[int] = []
     position = begin
     for index, (name, instance_id) in enumerate(keys):

@@ -355,6 +355,26 @@ def read_section_header(reader: StreamReader, kind: SectionType) -> SectionHeade
     return SectionHeader(kind, section_id, name, reader.u32(), reader.u32())
 
 
+#: of START or FULL: type, id, length of the name, name, instance, version
+LONGEST_HEADER_BYTES = 1 + 4 + 1 + 255 + 4 + 4
+
+
+def begins_section(data: bytes, ram_id: int | None) -> bool:
+    """Whether the header of RAM, or of a device's state, may begin here.
+
+    ``ram_id`` is the number that the RAM has, where it has begun.
+    """
+    kind = data[0] if data else -1
+    if kind in (SectionType.PART, SectionType.END):
+        return ram_id is not None and data[1:5] == ram_id.to_bytes(4, "big")
+    if len(data) < 6 or kind not in (SectionType.START, SectionType.FULL) or not data[5]:
+        return False
+    name = data[6 : 6 + data[5]]
+    if kind == SectionType.START:
+        return name == b"ram"
+    return len(name) == data[5] and all(0x20 < byte < 0x7F for byte in name)
+
+
 def read_footer(reader: StreamReader, section_id: int) -> bool:
     """Reads a footer, if there is one (old machine types have none)."""
     if reader.peek(1) != bytes([SectionType.FOOTER]):

@@ -22,6 +22,7 @@ from qemu_postcopy.image.manifest import RAM_DIRECTORY, STATE_FILE
 from qemu_postcopy.image.records import (
     COMMANDS,
     LAZY_MAGIC,
+    LONGEST_HEADER_BYTES,
     RAM_SECTION_VERSION,
     VERSION,
     BlockHeader,
@@ -30,6 +31,7 @@ from qemu_postcopy.image.records import (
     SectionType,
     StreamProgress,
     StreamReader,
+    begins_section,
     fail,
     pack_block_list,
     pack_end_of_records,
@@ -47,6 +49,9 @@ LAZY_BLOCK_BYTES_MIN = 16 << 20
 #: Parts of names of blocks that devices and firmware use while the device state is loaded.
 EAGER_NAME_PARTS = ("vga.vram", ".rom", "bios", "flash")
 _COMMANDS_MAX = 4096
+#: virtio-mem has a bit for each of its blocks, of 1 MiB at least
+_EARLY_BYTES_MAX = 16 << 20
+_AHEAD_BYTES = 1024
 #: Kept in state.bin: the destination acts on it (QEMU, MIG_CMD_SWITCHOVER_START).
 _KEPT_COMMANDS = ("SWITCHOVER_START",)
 #: They prepare a post-copy or a return path, which a file has not.
@@ -261,6 +266,8 @@ class _Walk:
         self._page_fds: list[int | None] = []
         self._mapped_counts: dict[str, tuple[int, int, int]] = {}
         self._sections: dict[tuple[SectionType, int], SectionSummary] = {}
+        # How many devices' states came before the RAM's end.
+        self._early = 0
 
     def run(self, *, devices: bool) -> StreamSummary:
         reader = self._reader
@@ -282,7 +289,12 @@ class _Walk:
         reader.copy_rest(self._state_fd)
         part_end = os.lseek(self._state_fd, 0, os.SEEK_CUR)
         part = read_device_part(
-            self._state_fd, part_begin, part_end, part_offset - self._base, sections=devices
+            self._state_fd,
+            part_begin,
+            part_end,
+            part_offset - self._base,
+            sections=devices,
+            early=self._early,
         )
         blocks = tuple(self._summarise(i, block) for i, block in enumerate(self._blocks))
         if self._strict and not self._is_mapped:
@@ -322,12 +334,8 @@ class _Walk:
         if kind in (SectionType.FULL, SectionType.EOF) and self._ram_ended:
             return False
         if kind == SectionType.FULL:
-            reader.u8()
-            header = read_section_header(reader, SectionType.FULL)
-            fail(
-                f"the state of {header.name} at offset {at} comes before the RAM",
-                "devices that do so (virtio-mem) are not supported; remove the device",
-            )
+            self._read_early_section(at)
+            return True
         if kind == -1:
             fail(f"the stream ends at offset {at}, before the device state")
         reader.u8()
@@ -352,6 +360,33 @@ class _Walk:
             size + (old.size_bytes if old else 0),
             1 + (old.count if old else 0),
         )
+
+    def _read_early_section(self, at: int) -> None:
+        """The state of a device that must be there before pages are: virtio-mem's, since QEMU 8.0.
+
+        Its length is not in the stream.  It ends with the first footer of its own that the header
+        of another section follows; all machine types that send it have footers.
+        """
+        reader = self._reader
+        reader.u8()
+        header = read_section_header(reader, SectionType.FULL)
+        self._put(header.pack())
+        footer = header.pack_footer()
+        ram_id = None if self._ram is None else self._ram.section_id
+        while reader.offset - at <= _EARLY_BYTES_MAX:
+            ahead = reader.peek(_AHEAD_BYTES)
+            end = ahead.find(footer)
+            while end >= 0 and not begins_section(ahead[end + len(footer) :], ram_id):
+                end = ahead.find(footer, end + 1)
+            if end >= 0:
+                self._put(reader.read(end + len(footer)))
+                self._early += 1
+                self._count(SectionType.FULL, header.name, header.section_id, at)
+                return
+            if len(ahead) < _AHEAD_BYTES:
+                break
+            self._put(reader.read(_AHEAD_BYTES - len(footer) - LONGEST_HEADER_BYTES))
+        fail(f"the state of {header.name} at offset {at}, before the RAM's end, does not end")
 
     def _start_ram(self, header: SectionHeader, at: int) -> None:
         reader = self._reader

@@ -194,7 +194,7 @@ MACHINE_OPTIONS = frozenset(["machine", "M"])
 
 
 @dataclass(frozen=True)
-class _Argument:
+class Argument:
     """One option with its value, or a disk image given without an option (empty name)."""
 
     text: str
@@ -219,7 +219,7 @@ def restore_arguments(argv: list[str], machine_type: str) -> list[str]:
     """
     if not argv:
         raise UsageError("the command line is empty", hint="Give QEMU's command line yourself.")
-    arguments = _split(argv[1:])
+    arguments = split_arguments(argv[1:])
     monitors = {
         _properties(argument.value).get("chardev") or _properties(argument.value).get("", "")
         for argument in arguments
@@ -261,23 +261,23 @@ def restore_arguments(argv: list[str], machine_type: str) -> list[str]:
 
 def options_of(argv: Sequence[str]) -> list[tuple[str, str | None]]:
     """Name (without dashes) and value of each option; a word that is none has the name ''."""
-    return [(argument.name, argument.value) for argument in _split(argv[1:])]
+    return [(argument.name, argument.value) for argument in split_arguments(argv[1:])]
 
 
 def memory_files(argv: list[str]) -> list[str]:
     """The paths that a QEMU started by ``argv`` maps as guest memory; files or directories."""
     paths = []
-    for argument in _split(argv[1:]):
+    for argument in split_arguments(argv[1:]):
         if argument.name == "mem-path" and argument.value is not None:
             paths.append(argument.value)
         elif argument.name == "object":
-            path = _object_properties(argument.value).get("mem-path")
+            path = properties_of(argument.value).get("mem-path")
             if isinstance(path, str):
                 paths.append(path)
     return paths
 
 
-def _object_properties(value: str | None) -> Mapping[str, object]:
+def properties_of(value: str | None) -> Mapping[str, object]:
     """Of an object in either of QEMU's notations, `kind,key=value` and JSON."""
     if value is None or not value.startswith("{"):
         return _properties(value)
@@ -289,7 +289,7 @@ def _object_properties(value: str | None) -> Mapping[str, object]:
 
 
 def _without_prealloc(value: str) -> str:
-    properties = _object_properties(value)
+    properties = properties_of(value)
     kind = properties.get("qom-type", properties.get(""))
     if "prealloc" not in properties or not str(kind).startswith("memory-backend-"):
         return value
@@ -299,16 +299,16 @@ def _without_prealloc(value: str) -> str:
     return ",".join(option_value(part) for part in parts)
 
 
-def _split(words: Iterable[str]) -> list[_Argument]:
+def split_arguments(words: Iterable[str]) -> list[Argument]:
     arguments = []
     remaining = iter(words)
     for word in remaining:
         if not word.startswith("-") or word == "-":
-            arguments.append(_Argument(word, "", None))
+            arguments.append(Argument(word, "", None))
             continue
         name = word.removeprefix("-").removeprefix("-")
         value = None if name in FLAGS or name in DROPPED else next(remaining, None)
-        arguments.append(_Argument(word, name, value))
+        arguments.append(Argument(word, name, value))
     return arguments
 
 
@@ -330,7 +330,7 @@ def _properties(value: str | None) -> dict[str, str]:
     return properties
 
 
-def _used_elsewhere(chardev: str, definition: _Argument, arguments: list[_Argument]) -> bool:
+def _used_elsewhere(chardev: str, definition: Argument, arguments: list[Argument]) -> bool:
     """Whether another option than a monitor speaks through this character device."""
     for argument in arguments:
         if argument is definition or argument.value is None or argument.name == "mon":
@@ -342,7 +342,7 @@ def _used_elsewhere(chardev: str, definition: _Argument, arguments: list[_Argume
     return False
 
 
-def _refuse_descriptors(argument: _Argument) -> None:
+def _refuse_descriptors(argument: Argument) -> None:
     properties = _properties(argument.value)
     inherited = [
         key for key in ("fd", "fds", "vhostfd", "vhostfds", "sock-fd") if key in properties

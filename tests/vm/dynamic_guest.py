@@ -1,4 +1,4 @@
-"""A guest whose memory comes and goes: balloon and free page reporting.
+"""A guest whose memory comes and goes: balloon, free page reporting, virtio-mem, DIMMs.
 
 What the guest keeps it verifies itself, all the time (guest/memcheck.c).  What it gave back is
 looked at from the host, through QEMU, as the guest would see it.
@@ -11,6 +11,7 @@ import signal
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vm.guests import MIB, TICK_MS, Guest, Lab, Snapshot, cli, send, wait_until
 from vm.kills import take_over
@@ -28,10 +29,12 @@ LITTER_MIB = 64
 LITTER_PASSES = 80
 BALLOON_MIB = 56
 SAVED_BALLOON_MIB = 16
+DIMM_MIB = 128  # what Linux adds at once
 PAGE_BYTES = 4096
 WORD_STEP = 0x9E3779B97F4A7C15
-#: A page that is taken for the balloon is not zeroed, so that the host may never have had it.
-KERNEL_WORDS = "init_on_alloc=0"
+#: Memory that comes later is for user space, so that it can go again; and a page that is taken for
+#: the balloon is not zeroed, so that the host may never have had it.
+KERNEL_WORDS = "memhp_default_state=online_movable init_on_alloc=0"
 
 
 def boot(
@@ -41,9 +44,10 @@ def boot(
     kind: MemoryKind,
     *extra: str,
     words: str = "",
+    fill_mib: int = FILL_MIB,
     ready: bool = True,
 ) -> Guest:
-    """The memory checker; ``ready``: it has filled its own."""
+    """The memory checker with room for more memory; ``ready``: it has filled its own."""
     spec = VmSpec(
         str(qemu),
         memory=(lab.memory(kind, BASE_MIB * MIB),),
@@ -51,12 +55,12 @@ def boot(
         initrd=str(guest_image.initramfs),
         append=guest_image.kernel_command_line(
             "check",
-            fill_mib=FILL_MIB,
+            fill_mib=fill_mib,
             tick_ms=TICK_MS,
-            modules=("virtio_pci", "virtio_balloon"),
+            modules=("virtio_pci", "virtio_balloon", "virtio_mem"),
             extra=f"{KERNEL_WORDS} {words}",
         ),
-        extra_arguments=("-no-reboot", *extra),
+        extra_arguments=("-no-reboot", "-m", f"{BASE_MIB}M,slots=4,maxmem=2G", *extra),
     )
     guest = lab.launch(spec)
     if ready:
@@ -77,6 +81,40 @@ def set_balloon(guest: Guest, left_mib: int) -> None:
     )
 
 
+def memory_devices(guest: Guest) -> dict[str, dict[str, Any]]:
+    """By their ids."""
+    return {entry["data"]["id"]: entry["data"] for entry in guest.ask("query-memory-devices")}
+
+
+def resize(guest: Guest, device: str, size_mib: int) -> None:
+    """Until the guest has plugged or unplugged what a virtio-mem device was asked for."""
+    path = f"/machine/peripheral/{device}"
+    guest.ask("qom-set", path=path, property="requested-size", value=size_mib * MIB)
+    wait_until(
+        lambda: memory_devices(guest)[device]["size"] == size_mib * MIB,
+        f"{device} has {size_mib} MiB",
+    )
+
+
+def plug_dimm(guest: Guest, number: int, kind: MemoryKind) -> None:
+    """DIMM `dimmN` of memory `dN`."""
+    guest.ask(
+        "object-add",
+        **{"qom-type": "memory-backend-ram" if kind == "anonymous" else "memory-backend-memfd"},
+        id=f"d{number}",
+        size=DIMM_MIB * MIB,
+        share=kind != "anonymous",
+    )
+    guest.ask("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"d{number}")
+
+
+def unplug_dimm(guest: Guest, number: int) -> None:
+    """Until the guest has let go of it, and its memory is gone."""
+    guest.ask("device_del", id=f"dimm{number}")
+    wait_until(lambda: f"dimm{number}" not in memory_devices(guest), f"dimm{number} is unplugged")
+    guest.ask("object-del", id=f"d{number}")
+
+
 def kill_and_recover(guest: Guest) -> None:
     """Its sidecar, without warning; another one serves on."""
     assert guest.sidecar is not None
@@ -94,34 +132,40 @@ def complete(guest: Guest) -> None:
     assert guest.registered_ranges() == 0
 
 
-def patterned(snapshot: Snapshot) -> dict[int, bytes]:
-    """The first words of the pages that the image has a pattern for (guest/pattern.h).
+def patterned(snapshot: Snapshot, name: str) -> dict[int, bytes]:
+    """The first words of a block's pages that the image has a pattern for (guest/pattern.h).
 
     No guest writes the same pattern twice, whereas a page of its kernel's may come to be the same
     again.
     """
+    image = Image.open(snapshot.image)
+    (block,) = (block for block in image.manifest.blocks if block.name.endswith(name))
     found = {}
-    descriptor, offset = Image.open(snapshot.image).open_block("m0")
-    with os.fdopen(descriptor, "rb") as image:
-        for page in range(BASE_MIB * MIB // PAGE_BYTES):
-            words = os.pread(image.fileno(), PAGE_BYTES, offset + page * PAGE_BYTES)
+    descriptor, offset = image.open_block(block.name)
+    with os.fdopen(descriptor, "rb") as file:
+        for page in range(block.size_bytes // PAGE_BYTES):
+            words = os.pread(file.fileno(), PAGE_BYTES, offset + page * PAGE_BYTES)
             first, *_, last = struct.unpack("<512Q", words)
             if last == (first + 511 * WORD_STEP) % 2**64:
                 found[page] = words[:8]
     return found
 
 
-def given_back(guest: Guest) -> set[int]:
-    """The pages of its first memory that the ledger has as removed now."""
+def given_back(guest: Guest, name: str) -> set[int]:
+    """The pages of a block that the ledger has as removed now."""
     with Ledger.open(guest.directory / "ledger") as ledger:
-        return set(ledger.pages_in("m0", REMOVED))
+        (block,) = (block.name for block in ledger.blocks if block.name.endswith(name))
+        return set(ledger.pages_in(block, REMOVED))
 
 
-def check_given_back(guest: Guest, pages: Mapping[int, bytes], directory: Path) -> None:
-    """None of these pages begins as the image has it, whoever looks."""
+def check_given_back(
+    guest: Guest, pages: Mapping[int, bytes], directory: Path, guest_address: int = 0
+) -> None:
+    """None of these pages of the block at that address begins as the image has it."""
     guest.ask("stop")
     dumped = directory / "physical-memory"
-    guest.ask("pmemsave", val=0, size=BASE_MIB * MIB, filename=str(dumped))
+    size = (max(pages) + 1) * PAGE_BYTES
+    guest.ask("pmemsave", val=guest_address, size=size, filename=str(dumped))
     guest.ask("cont")
     with dumped.open("rb") as now:
         for page, words in pages.items():
