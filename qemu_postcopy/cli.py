@@ -37,6 +37,7 @@ ELSEWHERE = {
     "metrics": ("qemu_postcopy.metrics", "metrics_command", "Export figures to Prometheus."),
     "top": ("qemu_postcopy.top.commands", "top_command", "Watch all guests on one screen."),
     "report": ("qemu_postcopy.report.commands", "report_command", "Show a trace as an HTML page."),
+    "migrate": ("qemu_postcopy.migrate.commands", "migrate_command", "Move a domain, driven."),
     "demo": ("qemu_postcopy.demo", "demo_command", "Snapshot and resume a real guest, verified."),
 }
 

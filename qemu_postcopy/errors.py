@@ -219,3 +219,10 @@ class OperationCancelledError(PostcopyError):
 
     exit_code = 130
     retryable = True
+
+
+class MigrationInterruptedError(PostcopyError):
+    """A post-copy migration is interrupted: the guest waits at the destination, nothing is lost."""
+
+    exit_code = 15
+    retryable = True

@@ -1,0 +1,457 @@
+"""QEMU's own migration, by libvirt: peer to peer, so that it goes on when this process dies.
+
+One call of virDomainMigrateToURI3 lasts as long as the migration does; it runs in a thread, and
+libvirt's events tell of passes and of the switch.  What is the case is asked of libvirt each time
+(libvirt's virDomainState and its reasons), never remembered, because a daemon may have been
+restarted meanwhile.  Rests on libvirt's migration API and docs/migration.rst.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from qemu_postcopy.errors import GuestEndedError, LibvirtError, MismatchError, PostcopyError
+from qemu_postcopy.libvirt.connection import Connection, load
+from qemu_postcopy.migrate.engine import NotYetError, Observation, Phase, Statistics
+
+EVENTS = ("LIFECYCLE", "MIGRATION_ITERATION", "JOB_COMPLETED")
+#: virDomainJobOperation: MIGRATION_OUT
+OUTGOING = 5
+#: How long a daemon that went away is given before the next try, in seconds.
+RECONNECT_SECONDS = 0.5
+#: libvirt 11.2 to 11.3 read a null pointer in virDomainMigratePrepare3 with POSTCOPY_RESUME
+#: (qemuProcessIncomingDefNew, `fd`): each resume ends the destination's daemon. Seen with 11.3.
+CRASHES_ON_RESUME = (11_002_000, 11_003_999)
+
+
+@dataclass(frozen=True)
+class NativeOptions:
+    """How libvirt is to move a domain; names as virsh migrate's options.
+
+    Attributes:
+        bandwidth, postcopy_bandwidth: bytes per second, rounded up to MiB; 0: no limit.
+        parallel: connections of a multifd migration; 0: none.
+
+    A resume takes the same ones: they also say what becomes of the domain afterwards.
+    """
+
+    bandwidth: int = 0
+    postcopy_bandwidth: int = 0
+    parallel: int = 0
+    persistent: bool = False
+    undefine_source: bool = False
+    unsafe: bool = False
+    migrate_uri: str | None = None
+    listen_address: str | None = None
+    new_name: str | None = None
+    xml: str | None = None
+    postcopy: bool = True
+
+    def flags(self) -> int:
+        """libvirt's virDomainMigrateFlags."""
+        libvirt = load()
+        flags: int = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
+        chosen = {
+            libvirt.VIR_MIGRATE_POSTCOPY: self.postcopy,
+            libvirt.VIR_MIGRATE_PERSIST_DEST: self.persistent,
+            libvirt.VIR_MIGRATE_UNDEFINE_SOURCE: self.undefine_source,
+            libvirt.VIR_MIGRATE_UNSAFE: self.unsafe,
+            libvirt.VIR_MIGRATE_PARALLEL: self.parallel > 0,
+        }
+        for flag, wanted in chosen.items():
+            flags |= flag if wanted else 0
+        return flags
+
+    def parameters(self) -> dict[str, Any]:
+        """libvirt's typed parameters."""
+        libvirt = load()
+        possible = {
+            libvirt.VIR_MIGRATE_PARAM_URI: self.migrate_uri,
+            libvirt.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: self.listen_address,
+            libvirt.VIR_MIGRATE_PARAM_DEST_NAME: self.new_name,
+            libvirt.VIR_MIGRATE_PARAM_DEST_XML: self.xml,
+            libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: mebibytes(self.bandwidth),
+            libvirt.VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY: mebibytes(self.postcopy_bandwidth),
+            libvirt.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: self.parallel,
+        }
+        return {name: value for name, value in possible.items() if value}
+
+
+def mebibytes(size: int) -> int:
+    """libvirt's unit of bandwidth, rounded up."""
+    return -(-size // (1 << 20))
+
+
+def statistics_of(raw: Mapping[str, Any]) -> Statistics:
+    """libvirt's virDomainGetJobStats as ours; times there are in ms, rates in pages or bytes."""
+
+    def number(name: str) -> int:
+        return int(raw.get(name, 0))
+
+    return Statistics(
+        elapsed=number("time_elapsed") / 1000,
+        total=number("memory_total"),
+        remaining=number("memory_remaining"),
+        transferred=number("memory_processed"),
+        rate=number("memory_bps"),
+        dirty_rate=number("memory_dirty_rate") * (number("memory_page_size") or 4096),
+        passes=number("memory_iteration"),
+        downtime=number("downtime") / 1000,
+        setup=number("setup_time") / 1000,
+        requests=number("memory_postcopy_requests"),
+        raw=dict(raw),
+    )
+
+
+class NativeEngine:
+    """Moves one domain by libvirt.
+
+    Args:
+        source: connected; owned from now on.
+        uuid: the domain's.
+        destination: URI as the source's daemon reaches it; also used from here, to see what the
+            destination says.  Empty: not known, of a migration that is only watched.
+    """
+
+    name = "native"
+
+    def __init__(
+        self, source: Connection, uuid: str, destination: str, options: NativeOptions
+    ) -> None:
+        self._source: Connection | None = source
+        self._uri = source.uri
+        self._uuid = uuid
+        self._destination_uri = destination
+        self._options = options
+        self._destination: Connection | None = None
+        self._subscriptions: dict[str, AsyncExitStack] = {}
+        self._queue: asyncio.Queue[tuple[str, str, tuple[Any, ...], float]] = asyncio.Queue()
+        self._pumps: list[asyncio.Task[None]] = []
+        self._call: asyncio.Task[Any] | None = None
+        self._error: PostcopyError | None = None
+        self._passes = 0
+        self._final: Statistics | None = None
+        self._succeeded = False
+        self._stopped_at: float | None = None
+        self._resumed_at: float | None = None
+
+    # ---- the steps ----
+
+    async def start(self) -> None:
+        await self._listen_to_source()
+        self._begin(0)
+
+    async def resume(self) -> None:
+        await self._refuse_a_crash()
+        self._begin(load().VIR_MIGRATE_POSTCOPY_RESUME)
+
+    def _begin(self, extra_flags: int) -> None:
+        """The call that lasts; its end wakes :meth:`observe`."""
+        self._error = None
+
+        async def move() -> None:
+            connection = await self._reach_source()
+            domain = await connection.domain(self._uuid)
+            await connection.call(
+                "the migration failed" if not extra_flags else "it cannot be resumed",
+                domain.migrateToURI3,
+                self._destination_uri,
+                self._options.parameters(),
+                self._options.flags() | extra_flags,
+            )
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                error = task.exception()
+                self._error = error if isinstance(error, PostcopyError) else None
+                self._succeeded = error is None
+            self._queue.put_nowait(("call", "", (), time.monotonic()))
+
+        self._call = asyncio.ensure_future(move())
+        self._call.add_done_callback(ended)
+
+    async def switch(self) -> None:
+        libvirt = load()
+        try:
+            await self._of_domain("the switch to post-copy is refused", "migrateStartPostCopy", 0)
+        except LibvirtError as error:
+            # The flag's name is in libvirt's words in every language.
+            if "VIR_MIGRATE_POSTCOPY" in error.message or error.code not in (
+                libvirt.VIR_ERR_OPERATION_INVALID,
+                libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                libvirt.VIR_ERR_INTERNAL_ERROR,
+            ):
+                raise
+            raise NotYetError(error.message, hint=error.hint) from error
+
+    async def cancel(self) -> None:
+        await self._of_domain("it cannot be aborted", "abortJob")
+
+    async def pause(self) -> None:
+        flag = load().VIR_DOMAIN_ABORT_JOB_POSTCOPY
+        await self._of_domain("it cannot be paused", "abortJobFlags", flag)
+
+    async def limit_postcopy(self) -> None:
+        """Sets the bandwidth of post-copy now: libvirt does so at a start, not at a resume."""
+        if self._options.postcopy_bandwidth:
+            await self._of_domain(
+                "the bandwidth of post-copy cannot be set",
+                "migrateSetMaxSpeed",
+                mebibytes(self._options.postcopy_bandwidth),
+                load().VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY,
+            )
+
+    async def _of_domain(self, what: str, method: str, *arguments: Any) -> Any:
+        connection = await self._reach_source()
+        domain = await connection.domain(self._uuid)
+        return await connection.call(what, getattr(domain, method), *arguments)
+
+    async def _refuse_a_crash(self) -> None:
+        connection = await self._reach_destination()
+        if connection is None:
+            raise LibvirtError(
+                f"the destination's libvirt cannot be reached: {self._destination_uri}",
+                hint="the guest waits; run again with --resume when it answers",
+            )
+        version = int(await connection.call("no answer", connection.handle.getLibVersion))
+        first, last = CRASHES_ON_RESUME
+        if first <= version <= last:
+            raise MismatchError(
+                f"the destination's libvirt {version // 1_000_000}.{version // 1000 % 1000} ends "
+                "by a fault of its own whenever a post-copy is resumed",
+                hint="nothing is lost: the guest waits for its pages. Install a libvirt newer than "
+                "11.3 at the destination (its guests run on while the daemon is restarted), then "
+                "run this again with --resume",
+            )
+
+    # ---- connections ----
+
+    async def _reach_source(self) -> Connection:
+        if self._source is None:
+            self._source = await Connection.open(self._uri)
+        return self._source
+
+    async def _reach_destination(self) -> Connection | None:
+        """A live connection to the destination, or None."""
+        if not self._destination_uri:
+            return None
+        if self._destination is not None:
+            if await asyncio.to_thread(_alive, self._destination.handle):
+                return self._destination
+            await self._drop("destination")
+        try:
+            self._destination = await Connection.open(self._destination_uri)
+        except LibvirtError:
+            return None
+        return self._destination
+
+    async def _drop(self, side: str) -> None:
+        """Forgets a connection that is dead."""
+        stack = self._subscriptions.pop(side, None)
+        if stack is not None:
+            with contextlib.suppress(PostcopyError):
+                await stack.aclose()
+        connection = self._source if side == "source" else self._destination
+        if side == "source":
+            self._source = None
+        else:
+            self._destination = None
+        if connection is not None:
+            await connection.close()
+
+    async def _subscribe(self, side: str, connection: Connection, *kinds: str) -> None:
+        if side in self._subscriptions:
+            return
+        domain = await connection.domain(self._uuid)
+        stack = AsyncExitStack()
+        events = await stack.enter_async_context(connection.events(domain, *kinds))
+
+        async def pump() -> None:
+            while True:
+                kind, details = await events.get()
+                self._queue.put_nowait((kind, side, details, time.monotonic()))
+
+        task = asyncio.ensure_future(pump())
+        stack.callback(task.cancel)
+        self._subscriptions[side] = stack
+
+    async def _listen_to_source(self) -> Connection:
+        connection = await self._reach_source()
+        await self._subscribe("source", connection, *EVENTS)
+        return connection
+
+    # ---- what is the case ----
+
+    async def observe(self, timeout: float) -> Observation:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                self._take(await self._queue.get())
+        while not self._queue.empty():
+            self._take(self._queue.get_nowait())
+        if self._succeeded:
+            return self._observation(Phase.COMPLETED, Statistics())
+        try:
+            connection = self._source or await self._reach_source()
+            if not await asyncio.to_thread(_alive, connection.handle):
+                raise LibvirtError("the connection has ended")
+            return await self._look(connection)
+        except LibvirtError as error:
+            libvirt = load()
+            if error.code == libvirt.VIR_ERR_NO_DOMAIN:
+                return await self._gone_from_source()
+            await self._drop("source")
+            await asyncio.sleep(min(timeout, RECONNECT_SECONDS))
+            return self._observation(Phase.UNREACHABLE, Statistics(), error)
+
+    def _take(self, event: tuple[str, str, tuple[Any, ...], float]) -> None:
+        libvirt = load()
+        kind, side, details, when = event
+        if kind == "MIGRATION_ITERATION":
+            self._passes = int(details[0])
+        elif kind == "JOB_COMPLETED":
+            self._final = statistics_of(details[0])
+        elif kind == "LIFECYCLE":
+            if side == "source" and details[0] == libvirt.VIR_DOMAIN_EVENT_SUSPENDED:
+                self._stopped_at = self._stopped_at or when
+            if side == "destination" and details[0] == libvirt.VIR_DOMAIN_EVENT_RESUMED:
+                self._resumed_at = self._resumed_at or when
+
+    def _observation(
+        self, phase: Phase, statistics: Statistics, error: PostcopyError | None = None
+    ) -> Observation:
+        stopped = None
+        if self._stopped_at is not None and self._resumed_at is not None:
+            stopped = max(0.0, self._resumed_at - self._stopped_at)
+        busy = self._call is not None and not self._call.done()
+        passes = max(self._passes, statistics.passes)
+        return Observation(phase, passes, statistics, error or self._error, busy, stopped)
+
+    async def _look(self, connection: Connection) -> Observation:
+        await self._listen_to_source()
+        domain = await connection.domain(self._uuid)
+        state, reason = await connection.call("no state", domain.state)
+        statistics = Statistics()
+        with contextlib.suppress(LibvirtError):  # none once it has ended, or another job's
+            statistics = statistics_of(await connection.call("no figures", domain.jobStats))
+        phase = self._phase(state, reason, statistics)
+        if phase is Phase.COMPLETED:  # shut off: moved away, or ended
+            return await self._gone_from_source()
+        if phase is Phase.PRECOPY:
+            await self._listen_to_destination()
+        if phase is Phase.INTERRUPTED and await self._ended_at_destination():
+            return self._observation(
+                Phase.ENDED,
+                statistics,
+                GuestEndedError(
+                    "the guest has ended at the destination, where it ran since the switch",
+                    hint="QEMU's log there (/var/log/libvirt/qemu) says why; what is left at the "
+                    "source is its memory before the switch: look into it, or virsh destroy it",
+                ),
+            )
+        return self._observation(phase, statistics)
+
+    async def _ended_at_destination(self) -> bool:
+        """Whether a destination that answers has it no more."""
+        libvirt = load()
+        connection = await self._reach_destination()
+        if connection is None:
+            return False
+        try:
+            domain = await connection.domain(self._uuid)
+            return not await connection.call("no state", domain.isActive)
+        except LibvirtError as error:
+            return bool(error.code == libvirt.VIR_ERR_NO_DOMAIN)
+
+    def _phase(self, state: int, reason: int, statistics: Statistics) -> Phase:
+        libvirt = load()
+        calling = self._call is not None and not self._call.done()
+        if state == libvirt.VIR_DOMAIN_PAUSED:
+            if reason == libvirt.VIR_DOMAIN_PAUSED_POSTCOPY:
+                return Phase.POSTCOPY
+            if reason == libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED:
+                return Phase.INTERRUPTED
+        if state in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
+            return Phase.COMPLETED
+        outgoing = statistics.raw.get("operation") == OUTGOING and statistics.raw.get("type")
+        if outgoing:
+            return Phase.PRECOPY if max(self._passes, statistics.passes) else Phase.SETUP
+        return Phase.SETUP if calling else Phase.ENDED
+
+    async def _listen_to_destination(self) -> None:
+        """For the moment at which the guest goes on there; it is no loss if that fails."""
+        if "destination" in self._subscriptions:
+            return
+        connection = await self._reach_destination()
+        if connection is not None:
+            with contextlib.suppress(LibvirtError):
+                await self._subscribe("destination", connection, "LIFECYCLE")
+
+    async def _gone_from_source(self) -> Observation:
+        """The source has it no more: the destination says whether it arrived."""
+        libvirt = load()
+        if self._call is not None and not self._call.done():
+            return self._observation(Phase.POSTCOPY, Statistics())
+        connection = await self._reach_destination()
+        if connection is None:
+            error = LibvirtError(
+                "the domain has left the source, and the destination is not reached",
+                hint="see virsh list there; its libvirtd may be away",
+            )
+            known = not self._destination_uri and self._final is not None
+            phase = Phase.COMPLETED if known else Phase.UNREACHABLE
+            return self._observation(phase, Statistics(), None if known else error)
+        try:
+            domain = await connection.domain(self._uuid)
+            state, reason = await connection.call("no state", domain.state)
+        except LibvirtError as error:
+            if error.code != libvirt.VIR_ERR_NO_DOMAIN:
+                return self._observation(Phase.UNREACHABLE, Statistics(), error)
+            return self._observation(
+                Phase.ENDED,
+                Statistics(),
+                self._error
+                or LibvirtError(
+                    "the domain runs at neither host: it has ended by itself",
+                    hint="see QEMU's log on both hosts: /var/log/libvirt/qemu",
+                ),
+            )
+        if state == libvirt.VIR_DOMAIN_RUNNING and reason in (
+            libvirt.VIR_DOMAIN_RUNNING_POSTCOPY,
+            libvirt.VIR_DOMAIN_RUNNING_POSTCOPY_FAILED,
+        ):
+            return self._observation(Phase.POSTCOPY, Statistics())
+        return self._observation(Phase.COMPLETED, Statistics())
+
+    async def completed_statistics(self) -> Statistics:
+        """libvirt's figures of the completed job: from its event, or from the destination."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while self._final is None:
+                    self._take(await self._queue.get())
+        if self._final is not None:
+            return self._final
+        connection = await self._reach_destination()
+        if connection is not None:
+            flag = load().VIR_DOMAIN_JOB_STATS_COMPLETED
+            with contextlib.suppress(LibvirtError):
+                domain = await connection.domain(self._uuid)
+                return statistics_of(await connection.call("none", domain.jobStats, flag))
+        return Statistics()
+
+    async def close(self) -> None:
+        for side in ("source", "destination"):
+            await self._drop(side)
+
+
+def _alive(handle: Any) -> bool:
+    libvirt = load()
+    try:
+        return bool(handle.isAlive())
+    except libvirt.libvirtError:
+        return False

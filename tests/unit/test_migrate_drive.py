@@ -1,0 +1,205 @@
+"""The driver's steps against an engine that plays what is observed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from qemu_postcopy.errors import (
+    LibvirtError,
+    MigrationInterruptedError,
+    OperationCancelledError,
+    PostcopyError,
+    StateError,
+)
+from qemu_postcopy.migrate import drive as module
+from qemu_postcopy.migrate.drive import Drive, DriveOptions, News
+from qemu_postcopy.migrate.engine import NotYetError, Observation, Phase, Statistics
+from qemu_postcopy.migrate.policy import Policy
+
+MIB = 1 << 20
+BROKEN = LibvirtError("the network is gone", hint="mend it")
+
+
+def precopy(passes: int, left: int = 100) -> Observation:
+    return Observation(
+        Phase.PRECOPY, passes, Statistics(total=100 * MIB, remaining=left * MIB, passes=passes)
+    )
+
+
+POSTCOPY = Observation(Phase.POSTCOPY, 3, Statistics(total=100 * MIB, remaining=MIB))
+INTERRUPTED = Observation(Phase.INTERRUPTED, 3, error=BROKEN)
+COMPLETED = Observation(Phase.COMPLETED)
+ENDED = Observation(Phase.ENDED)
+
+
+class PlayedEngine:
+    """Observes what it is given, and notes what is asked of it."""
+
+    name = "played"
+
+    def __init__(self, *seen: Observation, refuse: PostcopyError | None = None) -> None:
+        self.seen = list(seen)
+        self.asked: list[str] = []
+        self.refuse = refuse
+        self.before: Callable[[int], None] = lambda left: None
+
+    async def observe(self, timeout: float) -> Observation:
+        self.before(len(self.seen))
+        return self.seen.pop(0)
+
+    async def start(self) -> None:
+        self.asked.append("start")
+
+    async def switch(self) -> None:
+        self.asked.append("switch")
+        if self.refuse is not None:
+            raise self.refuse
+
+    async def cancel(self) -> None:
+        self.asked.append("cancel")
+
+    async def pause(self) -> None:
+        self.asked.append("pause")
+
+    async def resume(self) -> None:
+        self.asked.append("resume")
+
+    async def completed_statistics(self) -> Statistics:
+        return Statistics(passes=3, raw={"known": True})
+
+    async def close(self) -> None:
+        self.asked.append("close")
+
+
+def driven(
+    engine: PlayedEngine, options: DriveOptions | None = None, told: list[News] | None = None
+) -> Drive:
+    listener = told.append if told is not None else lambda news: None
+    return Drive(engine, "web", options or DriveOptions(), listener)
+
+
+def run(drive: Drive) -> module.Report:
+    return asyncio.run(drive.run())
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRIES", (0.0,))
+
+
+def test_it_switches_when_the_policy_says_so_and_reports_why() -> None:
+    engine = PlayedEngine(
+        Observation(Phase.SETUP), precopy(1), precopy(2, 40), precopy(3, 20), POSTCOPY, COMPLETED
+    )
+    report = run(driven(engine))
+    assert engine.asked == ["start", "switch"]
+    assert report.as_json()["mode"] == "post-copy"
+    assert report.switch_reason == "2 passes are complete"
+
+
+def test_a_guest_that_converges_in_pre_copy_is_not_switched() -> None:
+    engine = PlayedEngine(precopy(1), precopy(2, 1), COMPLETED)
+    assert run(driven(engine)).as_json()["mode"] == "pre-copy"
+    assert engine.asked == ["start"]
+
+
+def test_a_switch_that_comes_too_early_is_asked_for_again() -> None:
+    engine = PlayedEngine(precopy(1), precopy(1), POSTCOPY, COMPLETED, refuse=NotYetError("early"))
+    run(driven(engine, DriveOptions(Policy(passes=0))))
+    assert engine.asked == ["start", "switch", "switch"]
+
+
+def test_a_migration_that_may_not_be_switched_is_watched_to_its_end() -> None:
+    told: list[News] = []
+    engine = PlayedEngine(precopy(1), precopy(2), COMPLETED, refuse=LibvirtError("never"))
+    run(driven(engine, DriveOptions(Policy(passes=0), begin="watch"), told))
+    assert engine.asked == ["switch"]
+    assert any("stays in pre-copy" in news.text for news in told)
+
+
+def test_ctrl_c_aborts_in_pre_copy() -> None:
+    engine = PlayedEngine(precopy(1), precopy(1), ENDED)
+    drive = driven(engine)
+    engine.before = lambda left: drive.request_cancel() if left == 2 else None
+    with pytest.raises(OperationCancelledError):
+        run(drive)
+    assert engine.asked == ["start", "cancel"]
+
+
+def test_ctrl_c_in_post_copy_says_that_it_cannot_be_and_goes_on() -> None:
+    told: list[News] = []
+    engine = PlayedEngine(precopy(3), POSTCOPY, POSTCOPY, COMPLETED)
+    drive = driven(engine, told=told)
+    engine.before = lambda left: drive.request_cancel() if left == 2 else None
+    run(drive)
+    assert "cancel" not in engine.asked
+    assert any("cannot be aborted" in news.text for news in told)
+
+
+def test_ctrl_c_leaves_somebody_elses_migration_alone() -> None:
+    engine = PlayedEngine(precopy(1), precopy(1))
+    drive = driven(engine, DriveOptions(begin="watch"))
+    engine.before = lambda left: drive.request_cancel() if left == 1 else None
+    with pytest.raises(OperationCancelledError, match="goes on"):
+        run(drive)
+    assert engine.asked == []
+
+
+def test_an_interruption_ends_the_command_and_says_how_to_go_on() -> None:
+    engine = PlayedEngine(precopy(3), POSTCOPY, INTERRUPTED)
+    with pytest.raises(MigrationInterruptedError) as caught:
+        run(driven(engine))
+    assert "--resume" in caught.value.hint and "network is gone" in caught.value.message
+
+
+def test_a_supervised_interruption_is_resumed_until_it_is_over() -> None:
+    busy = Observation(Phase.INTERRUPTED, 3, busy=True)
+    engine = PlayedEngine(
+        precopy(3), POSTCOPY, INTERRUPTED, busy, busy, INTERRUPTED, busy, POSTCOPY, COMPLETED
+    )
+    report = run(driven(engine, DriveOptions(supervise=True)))
+    assert engine.asked == ["start", "switch", "resume", "resume"]
+    assert [one.attempts for one in report.interruptions] == [2]
+
+
+def test_resume_takes_up_once_and_does_not_insist() -> None:
+    engine = PlayedEngine(INTERRUPTED, Observation(Phase.INTERRUPTED, 3, busy=True), INTERRUPTED)
+    with pytest.raises(MigrationInterruptedError):
+        run(driven(engine, DriveOptions(begin="resume")))
+    assert engine.asked == ["resume"]
+
+
+def test_there_is_nothing_to_resume_in_pre_copy_or_without_a_migration() -> None:
+    for seen in (precopy(1), ENDED):
+        with pytest.raises(StateError):
+            run(driven(PlayedEngine(seen), DriveOptions(begin="resume")))
+
+
+def test_a_post_copy_without_pages_counts_as_interrupted_where_it_is_supervised() -> None:
+    engine = PlayedEngine(precopy(3), POSTCOPY, POSTCOPY, POSTCOPY, COMPLETED)
+    run(driven(engine, DriveOptions(supervise=True, stall=0.0)))
+    assert "pause" in engine.asked
+    engine = PlayedEngine(precopy(3), POSTCOPY, POSTCOPY, POSTCOPY, COMPLETED)
+    run(driven(engine, DriveOptions(stall=0.0)))
+    assert "pause" not in engine.asked
+
+
+def test_a_daemon_that_is_away_for_a_while_is_borne_and_one_away_for_long_is_told() -> None:
+    away = Observation(Phase.UNREACHABLE, error=BROKEN)
+    run(driven(PlayedEngine(precopy(1), away, away, precopy(2), COMPLETED)))
+    with pytest.raises(MigrationInterruptedError, match="libvirt"):
+        run(driven(PlayedEngine(precopy(1), away, away), DriveOptions(unreachable=-1.0)))
+
+
+def test_a_migration_that_fails_in_pre_copy_raises_what_the_engine_said() -> None:
+    engine = PlayedEngine(precopy(1), Observation(Phase.ENDED, error=LibvirtError("no space")))
+    with pytest.raises(LibvirtError, match="no space"):
+        run(driven(engine))
+
+
+def test_no_way_leads_back_from_post_copy_to_pre_copy() -> None:
+    with pytest.raises(StateError, match="post-copy to pre-copy"):
+        run(driven(PlayedEngine(precopy(3), POSTCOPY, precopy(3))))
