@@ -143,8 +143,9 @@ def old_pair(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Pair]:
 
 
 def busy_domain(pair: Pair, image: GuestImage, directory: Path, **choices: object) -> Domain:
-    choices = {"fill_mib": FILL_MIB, "memory_backing": "", **choices}
-    domain = start_domain(pair.source, image, directory, **choices)
+    domain = start_domain(
+        pair.source, image, directory, "guest", **{"fill_mib": FILL_MIB, **choices}
+    )
     domain.wait_ready()
     return domain
 
@@ -226,3 +227,32 @@ def test_ctrl_c_in_pre_copy_leaves_the_guest_running_at_the_source(
     begun.report(status=130)
     assert new_pair.where() == (["guest"], [])
     domain.console.wait_passes(1)
+
+
+def test_where_a_resume_would_crash_libvirt_the_guest_is_left_waiting(
+    new_pair: Pair, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    busy_domain(new_pair, shared_guest, shared_dir)
+    begun = new_pair.begin()
+    new_pair.wait_postcopy()
+    new_pair.source.virsh("domjobabort", "--postcopy", "guest")
+    begun.report(status=15)
+    said = new_pair.source.tool("migrate", "--resume", "guest", new_pair.target.uri, status=5)
+    assert "nothing is lost" in said.stderr
+    assert new_pair.where() == (["guest"], ["guest"])
+
+
+def test_a_migration_that_virsh_began_is_watched_and_switched(
+    new_pair: Pair, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain = busy_domain(new_pair, shared_guest, shared_dir)
+    virsh = new_pair.source.popen(
+        "virsh", "migrate", "--live", "--postcopy", "guest", new_pair.target.uri
+    )
+    wait_until(lambda: "Outgoing migration" in new_pair.source.virsh("domjobinfo", "guest"),
+               "virsh has begun")  # fmt: skip
+    report = new_pair.migrate("--watch", "--after-passes", 1)
+    assert virsh.wait(PATIENCE) == 0
+    assert new_pair.where() == ([], ["guest"])
+    domain.console.wait_passes(1)
+    assert report["mode"] == "post-copy" and report["switch_reason"]

@@ -18,6 +18,7 @@ from qemu_postcopy.migrate import drive as module
 from qemu_postcopy.migrate.drive import Drive, DriveOptions, News
 from qemu_postcopy.migrate.engine import NotYetError, Observation, Phase, Statistics
 from qemu_postcopy.migrate.policy import Policy
+from qemu_postcopy.migrate.report import Report
 
 MIB = 1 << 20
 BROKEN = LibvirtError("the network is gone", hint="mend it")
@@ -81,7 +82,7 @@ def driven(
     return Drive(engine, "web", options or DriveOptions(), listener)
 
 
-def run(drive: Drive) -> module.Report:
+def run(drive: Drive) -> Report:
     return asyncio.run(drive.run())
 
 
