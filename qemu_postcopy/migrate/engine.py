@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qemu_postcopy.errors import PostcopyError
+from qemu_postcopy.errors import PostcopyError, StateError
 
 
 class Phase(enum.StrEnum):
@@ -109,7 +109,7 @@ class Engine(Protocol):
         """Ends connections; never fails, and leaves a migration as it is."""
 
 
-class NotYetError(PostcopyError):
+class NotYetError(StateError):
     """The moment for this step has not come; it may in a while."""
 
     retryable = True

@@ -130,6 +130,8 @@ class NativeEngine:
         self._destination_uri = destination
         self._options = options
         self._destination: Connection | None = None
+        #: virDomain of the source's connection
+        self._domain: Any = None
         self._subscriptions: dict[str, AsyncExitStack] = {}
         self._queue: asyncio.Queue[tuple[str, str, tuple[Any, ...], float]] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
@@ -156,8 +158,7 @@ class NativeEngine:
         self._error = None
 
         async def move() -> None:
-            connection = await self._reach_source()
-            domain = await connection.domain(self._uuid)
+            connection, domain = await self._reach_domain()
             await connection.call(
                 "the migration failed" if not extra_flags else "it cannot be resumed",
                 domain.migrateToURI3,
@@ -208,8 +209,7 @@ class NativeEngine:
             )
 
     async def _of_domain(self, what: str, method: str, *arguments: Any) -> Any:
-        connection = await self._reach_source()
-        domain = await connection.domain(self._uuid)
+        connection, domain = await self._reach_domain()
         return await connection.call(what, getattr(domain, method), *arguments)
 
     async def _refuse_a_crash(self) -> None:
@@ -237,6 +237,12 @@ class NativeEngine:
             self._source = await Connection.open(self._uri)
         return self._source
 
+    async def _reach_domain(self) -> tuple[Connection, Any]:
+        connection = await self._reach_source()
+        if self._domain is None:
+            self._domain = await connection.domain(self._uuid)
+        return connection, self._domain
+
     async def _reach_destination(self) -> Connection | None:
         """A live connection to the destination, or None."""
         if not self._destination_uri:
@@ -259,7 +265,7 @@ class NativeEngine:
                 await stack.aclose()
         connection = self._source if side == "source" else self._destination
         if side == "source":
-            self._source = None
+            self._source = self._domain = None
         else:
             self._destination = None
         if connection is not None:
@@ -334,7 +340,7 @@ class NativeEngine:
 
     async def _look(self, connection: Connection) -> Observation:
         await self._listen_to_source()
-        domain = await connection.domain(self._uuid)
+        _, domain = await self._reach_domain()
         state, reason = await connection.call("no state", domain.state)
         statistics = Statistics()
         with contextlib.suppress(LibvirtError):  # none once it has ended, or another job's
