@@ -140,6 +140,7 @@ class NativeEngine:
         self._passes = 0
         self._final: Statistics | None = None
         self._succeeded = False
+        self._limit_anew = False
         self._stopped_at: float | None = None
         self._resumed_at: float | None = None
 
@@ -151,6 +152,7 @@ class NativeEngine:
 
     async def resume(self) -> None:
         await self._refuse_a_crash()
+        self._limit_anew = True
         self._begin(load().VIR_MIGRATE_POSTCOPY_RESUME)
 
     def _begin(self, extra_flags: int) -> None:
@@ -198,8 +200,8 @@ class NativeEngine:
         flag = load().VIR_DOMAIN_ABORT_JOB_POSTCOPY
         await self._of_domain("it cannot be paused", "abortJobFlags", flag)
 
-    async def limit_postcopy(self) -> None:
-        """Sets the bandwidth of post-copy now: libvirt does so at a start, not at a resume."""
+    async def _limit_postcopy(self) -> None:
+        """Sets the bandwidth of post-copy: libvirt does so at a start, not at a resume."""
         if self._options.postcopy_bandwidth:
             await self._of_domain(
                 "the bandwidth of post-copy cannot be set",
@@ -350,6 +352,9 @@ class NativeEngine:
             return await self._gone_from_source()
         if phase is Phase.PRECOPY:
             await self._listen_to_destination()
+        if phase is Phase.POSTCOPY and self._limit_anew:
+            self._limit_anew = False
+            await self._limit_postcopy()
         if phase is Phase.INTERRUPTED and await self._ended_at_destination():
             return self._observation(
                 Phase.ENDED,

@@ -229,6 +229,53 @@ def test_ctrl_c_in_pre_copy_leaves_the_guest_running_at_the_source(
     domain.console.wait_passes(1)
 
 
+def interrupted_soon(pair: Pair, domain: Domain) -> None:
+    """Until the guest runs at the destination, and has what interrupts touch.
+
+    QEMU under TCG delivers interrupts with its lock held: one that waits for a page keeps the
+    monitor waiting too, and libvirt's order to recover (it does not use out-of-band commands).
+    """
+    pair.wait_postcopy()
+    domain.console.wait_more_ticks(20)
+
+
+def test_a_cut_link_is_recovered_without_a_hand_on_it(
+    old_pair: Pair, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain = busy_domain(old_pair, shared_guest, shared_dir)
+    old_pair.link.limit(24 * MIB)
+    begun = old_pair.begin(*POLICY["libvirt"], "--supervise", "--stall", 2)
+    interrupted_soon(old_pair, domain)
+    old_pair.link.cut()
+    begun.wait_said("post-copy is interrupted")
+    old_pair.link.limit(200 * MIB)
+    old_pair.link.mend()
+    report = begun.report()
+    assert old_pair.where() == ([], ["guest"])
+    domain.console.wait_passes(1)
+    (interruption,) = report["interruptions"]
+    assert interruption["seconds"] > 0 and interruption["attempts"] >= 1
+    assert report["mode"] == "post-copy"
+
+
+def test_an_interrupted_post_copy_is_resumed_by_another_run(
+    old_pair: Pair, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain = busy_domain(old_pair, shared_guest, shared_dir)
+    old_pair.link.limit(24 * MIB)
+    begun = old_pair.begin(*POLICY["libvirt"])
+    interrupted_soon(old_pair, domain)
+    old_pair.source.virsh("domjobabort", "--postcopy", "guest")
+    begun.report(status=15)
+    assert any("--resume" in line for line in begun.lines)
+    assert old_pair.where() == (["guest"], ["guest"])
+    old_pair.link.limit(200 * MIB)
+    report = old_pair.migrate("--resume", "--postcopy-bandwidth", "512M")
+    assert old_pair.where() == ([], ["guest"])
+    domain.console.wait_passes(1)
+    assert len(report["interruptions"]) == 1
+
+
 def test_where_a_resume_would_crash_libvirt_the_guest_is_left_waiting(
     new_pair: Pair, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
