@@ -198,6 +198,29 @@ def save_file_command(image: Path, file: Path) -> None:
     click.echo(f"{file}: restore it by virsh restore")
 
 
+@libvirt_commands.command("watch")
+@click.argument("domain")
+@CONNECT
+@click.option(
+    "--passes", type=click.IntRange(1, 1000), required=True, help="Over memory, before the switch."
+)
+def watch_command(domain: str, uri: str, passes: int) -> None:
+    """Have live migrations of DOMAIN, whoever starts them, go on to post-copy after so many passes.
+
+    Only those that may (virsh migrate --live --postcopy). Returns when the domain has ended or has
+    moved away. The hook starts it for domains with `libvirt set --postcopy-after`.
+
+    \b
+    Example:
+      qemu-postcopy libvirt watch web --passes 2
+    """
+    import asyncio
+
+    from qemu_postcopy.libvirt.watch import watch_migrations
+
+    asyncio.run(watch_migrations(uri, domain, passes))
+
+
 @libvirt_commands.command("confinement")
 @AS_JSON
 def confinement_command(as_json: bool) -> None:

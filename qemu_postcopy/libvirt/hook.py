@@ -12,6 +12,7 @@ Exit status: 0, with the changed XML on stdout if it was changed; REFUSED to hav
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import syslog
 import time
@@ -55,6 +56,9 @@ def main(arguments: list[str]) -> int:
         domain = hook_xml.parse(text)
     except ElementTree.ParseError as error:
         _tell(name, f"its XML is not understood: {error}")
+        return 0
+    if operation in ("started", "reconnect"):
+        begin_watch(domain)
         return 0
     changed = hook_xml.strip_offer(domain)
     status = 0
@@ -115,11 +119,10 @@ def _offer(
         raise MismatchError("its memory cannot be paged: " + "; ".join(reasons))
     if not LIBRARY.exists():
         raise MismatchError(f"{LIBRARY} is missing: run qemu-postcopy libvirt install-hooks")
-    uri = "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
     options = SessionOptions(
         background=settings.fill, background_rate=settings.rate, drop_rights=True
     )
-    order = HookedRestore(uri, uuid, found.path, options)
+    order = HookedRestore(_uri(), uuid, found.path, options)
     run = RunDirectory.create(run_name_of(name))
     try:
         offer = Offer(run.path, uuid, found.key)
@@ -131,6 +134,31 @@ def _offer(
     sidecar.reports.close()
     if settings.supervise:
         supervisor.start(run)
+
+
+def begin_watch(domain: ElementTree.Element) -> None:
+    """Starts who has the domain's migrations go on to post-copy, if that is wished."""
+    name, uuid = domain.findtext("name") or "", domain.findtext("uuid") or ""
+    try:
+        settings = settings_in(domain)
+        if settings is None or not settings.postcopy_passes:
+            return
+        command = [sys.executable, "-P", "-m", "qemu_postcopy", "libvirt", "watch"]
+        command += ["--connect", _uri(), "--passes", str(settings.postcopy_passes), uuid]
+        # It waits for libvirt, which waits for us: only when we have ended it gets on.
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except (PostcopyError, OSError) as error:
+        _tell(name, f"its migrations are not watched: {error}")
+
+
+def _uri() -> str:
+    return "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
 
 
 def find_save_file(daemon: int, uuid: str) -> SaveFile | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from libvirtd.conftest import Hosts
 from libvirtd.daemons import Host
 from libvirtd.domains import Domain, start_domain
 from vm.guests import wait_until
@@ -225,3 +227,47 @@ def test_a_domain_that_asks_for_nothing_or_a_hook_that_is_broken_is_as_without_i
     domain.console.wait_passes(1)
     assert entries(host) == []
     assert "LD_PRELOAD" not in host.virsh("dumpxml", "guest")
+
+
+@pytest.mark.soak
+@pytest.mark.needs("libvirt11")
+def test_a_plain_migration_goes_on_to_postcopy_by_the_domains_own_settings(
+    hosts: Hosts, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    source, target = hosts.get("libvirt11"), hosts.get("libvirt11", "beta")
+    hosts.link(source, target).limit(8 << 20)
+    for host in (source, target):
+        host.tool("libvirt", "install-hooks")
+        host.restart_daemon("libvirtd")
+    domain = start_domain(source, shared_guest, shared_dir, memory_backing=MEMFD)
+    domain.wait_ready()
+    # Settings count from the next start on: a restore is one.
+    source.tool("libvirt", "set", "guest", "--restore", "lazy", "--postcopy-after", "1")
+    path = shared_dir / "guest.save"
+    source.virsh("save", "guest", path)
+    source.virsh("restore", path)
+    domain.console.wait_more_ticks(2)
+    assert "PRELOAD" in source.virsh("dumpxml", "guest")
+    wait_until(lambda: watchers(source) != [], "its migrations are watched")
+    wait_until(lambda: entries(source)[0]["state"] == "detached", "all of its memory is there")
+    told = source.popen("virsh", "-q", "event", "guest", "lifecycle", "--loop", "--timeout", "30",
+                        stdout=subprocess.PIPE, text=True)  # fmt: skip
+    source.virsh("migrate", "--live", "--postcopy", "guest", target.uri)
+    said, _ = told.communicate(timeout=70)
+    assert "Post-copy" in said
+    assert target.domains() == ["guest"]
+    domain.console.wait_passes(1)
+    assert "PRELOAD" not in target.virsh("dumpxml", "guest")
+    wait_until(lambda: watchers(source) == [], "who watched has ended")
+    assert len(watchers(target)) == 1
+    require_nothing_left(source, shared_dir)
+    target.virsh("destroy", "guest")
+    wait_until(lambda: watchers(target) == [], "who watched has ended")
+    for host in (source, target):
+        host.tool("libvirt", "install-hooks", "--remove")
+
+
+def watchers(host: Host) -> list[int]:
+    return [
+        pid for pid in sidecars(host) if b"\0watch\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]

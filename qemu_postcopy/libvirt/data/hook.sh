@@ -5,6 +5,7 @@
 xml=$(cat)
 case $2 in
 restore | migrate | release) ;;
+started | reconnect) case $xml in *' passes='*) ;; *) exit 0 ;; esac ;;
 *) exit 0 ;;
 esac
 case $xml in
