@@ -1,9 +1,11 @@
 /*
  * The yardstick: the least a userfaultfd handler can do. One thread for each descriptor reads one
- * fault at a time and copies one chunk from a mapped file, from a blocking or from a spinning read.
- * No ledger, no counters, no events, no errors worth the name.
+ * fault at a time, from a blocking or from a spinning read, and copies one chunk: from a file that is
+ * mapped and in its page tables beforehand, or, as whoever serves more than fits into memory must,
+ * from a buffer that it reads the chunk into. No ledger, no counters, no events, no errors worth the
+ * name.
  *
- *   bare_handler block|spin FILE CHUNK CPU|-1 DESCRIPTORS
+ *   bare_handler block|spin mapped|read FILE CHUNK CPU|-1 DESCRIPTORS
  *                                              (the toucher is at the other end of standard input)
  */
 #define _GNU_SOURCE
@@ -22,7 +24,10 @@
 struct handler {
     struct handover part;
     int uffd;
-    const char *source; /* of the part's first byte */
+    const char *source; /* mapped: of the part's first byte; NULL: read */
+    int file;
+    uint64_t file_offset; /* likewise */
+    char *buffer;
     uint64_t chunk;
 };
 
@@ -49,8 +54,11 @@ static void *answer(void *argument)
             continue;
         offset = (message.arg.pagefault.address - h->part.address) & ~(h->chunk - 1);
         copy.dst = h->part.address + offset;
-        copy.src = (uintptr_t)h->source + offset;
         copy.len = h->chunk < h->part.length - offset ? h->chunk : h->part.length - offset;
+        copy.src = (uintptr_t)(h->source ? h->source + offset : h->buffer);
+        if (!h->source && pread(h->file, h->buffer, copy.len, (off_t)(h->file_offset + offset)) !=
+                              (ssize_t)copy.len)
+            die("pread");
         while (ioctl(h->uffd, UFFDIO_COPY, &copy) < 0) {
             struct uffdio_range range = { copy.dst, copy.len };
 
@@ -71,16 +79,17 @@ int main(int argc, char **argv)
 {
     static struct handler handlers[64];
     uint64_t chunk, length = 0;
-    const char *source;
-    int file, spin, cpu, count;
+    const char *source = NULL;
+    int file, spin, mapped, cpu, count;
     pthread_t thread;
 
-    if (argc != 6)
-        die("usage: bare_handler block|spin FILE CHUNK CPU DESCRIPTORS");
+    if (argc != 7)
+        die("usage: bare_handler block|spin mapped|read FILE CHUNK CPU DESCRIPTORS");
     spin = !strcmp(argv[1], "spin");
-    chunk = strtoull(argv[3], NULL, 0);
-    cpu = atoi(argv[4]);
-    count = atoi(argv[5]);
+    mapped = !strcmp(argv[2], "mapped");
+    chunk = strtoull(argv[4], NULL, 0);
+    cpu = atoi(argv[5]);
+    count = atoi(argv[6]);
     if (count < 1 || count > 64)
         die("descriptors");
     for (int i = 0; i < count; i++) {
@@ -99,8 +108,9 @@ int main(int argc, char **argv)
         length += h->part.length;
         fcntl(h->uffd, F_SETFL, spin ? O_NONBLOCK : 0);
     }
-    file = open(argv[2], O_RDONLY | O_CLOEXEC);
-    source = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
+    file = open(argv[3], O_RDONLY | O_CLOEXEC);
+    if (mapped)
+        source = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
     if (file < 0 || source == MAP_FAILED)
         die("source");
     if (cpu >= 0) {
@@ -110,8 +120,19 @@ int main(int argc, char **argv)
         CPU_SET(cpu, &set);
         sched_setaffinity(0, sizeof(set), &set);
     }
-    for (int i = 0; i < count; i++)
-        handlers[i].source = source + (handlers[i].part.address - handlers[0].part.address);
+    for (int i = 0; i < count; i++) {
+        struct handler *h = &handlers[i];
+
+        h->file = file;
+        h->file_offset = h->part.address - handlers[0].part.address;
+        if (mapped)
+            h->source = source + h->file_offset;
+        else
+            h->buffer = mmap(NULL, h->chunk, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+        if (h->buffer == MAP_FAILED)
+            die("buffer");
+    }
     if (write(STDIN_FILENO, "g", 1) != 1 ||
         pthread_create(&thread, NULL, leave_with_the_toucher, NULL))
         die("start");

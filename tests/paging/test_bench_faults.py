@@ -23,9 +23,9 @@ def test_every_combination_is_measured(memory: str) -> None:
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert report["bench"] == "faults"
-    # order x threads x chunk, and for each three handlers with three quantities, three ratios
-    assert len(report["results"]) == 2 * 2 * 2 * 9
-    assert len(report["ratios"]) == 2 * 2 * 2 * 3
+    # order x threads x chunk, and for each four handlers with three quantities, four ratios
+    assert len(report["results"]) == 2 * 2 * 2 * 12
+    assert len(report["ratios"]) == 2 * 2 * 2 * 4
     for entry in report["results"]:
         assert entry["runs"] == 2
         assert 0 < entry["min"] <= entry["median"] <= entry["max"]
