@@ -2,7 +2,9 @@
  * What the parts of the pager share; nobody else includes it.
  *
  *   pager_events.c   messages of the userfaultfd into the queue and the ledger
- *   pager_fill.c     the queue answered, the rest filled in the background
+ *   pager_answer.c   the queue answered, several faults together, or put off
+ *   pager_fill.c     pages read from the source and put into the mapper
+ *   pager_background.c  the rest filled while nobody waits
  *   pager_window.c   finding the moments in which the kernel lets a COPY through
  *   pager_prefetch.c what the first faults were, and filling those pages ahead the next time
  *   pager_account.c  faults and waiting counted by thread and by block, virtual CPUs stopped
@@ -239,6 +241,54 @@ void qpc_pager_return_removed(struct qpc_pager *p, struct block *b, uint64_t fir
  */
 enum fill qpc_pager_fill_around(struct qpc_pager *p, struct block *b, uint64_t page,
                                 uint64_t chunk_pages, _Atomic uint64_t *counter);
+
+/*
+ * The steps of that, for whoever reads several ranges before the first COPY.
+ *
+ * What to copy for a fault at `page`: the run of missing pages around it, within its chunk, that
+ * begins and ends with data and has no long stretch of zero pages in it (a few zero pages between
+ * data would cost a fault each). Returns 0 where there is none, since the page is removed, present,
+ * or among many zeros; [*first, *last) is the whole chunk then.
+ */
+int qpc_pager_find_data_run(const struct block *b, uint64_t page, uint64_t chunk_pages,
+                            uint64_t *first, uint64_t *last);
+
+/* Where the missing pages with data that begin at `page` end, at `last` at most. */
+uint64_t qpc_pager_data_run_end(const struct block *b, uint64_t page, uint64_t last);
+
+/* A read begins: whoever waits can be told what for, should the source not answer. */
+void qpc_pager_note_reading(struct qpc_pager *p, const struct block *b, uint64_t page,
+                            uint64_t since_ns);
+
+/*
+ * Pages [first, last) were read: counts them. What the source has where the bitmap says zero means
+ * nothing (mapped-ram leaves stale data).
+ */
+void qpc_pager_note_read(struct qpc_pager *p, const struct block *b, uint64_t first, uint64_t last,
+                         uint8_t *buffer);
+
+/* Both, with the read: pages [first, last) into p->buffer, all of them, or an errno says why not. */
+int qpc_pager_read_source(struct qpc_pager *p, const struct block *b, uint64_t first,
+                          uint64_t last);
+enum fill qpc_pager_note_source_error(struct qpc_pager *p, const struct block *b, uint64_t page,
+                                      int errnum);
+
+/* Copies the buffer, which holds pages [first, last), into the mapper. */
+enum fill qpc_pager_copy_run(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t last,
+                             const uint8_t *buffer, _Atomic uint64_t *counter);
+
+/* Whoever waits for a page of this range; and for what was filled while p->wake_later was set. */
+void qpc_pager_wake(struct qpc_pager *p, uint64_t start, uint64_t length);
+void qpc_pager_wake_filled(struct qpc_pager *p);
+
+/* Attempts are put off for longer and longer. */
+#define QPC_PAGER_RETRY_EVENT_LAST_NS 2000000ull
+#define QPC_PAGER_RETRY_SOURCE_FIRST_NS 10000000ull
+#define QPC_PAGER_RETRY_SOURCE_LAST_NS 1000000000ull
+static inline uint64_t backoff_ns(uint32_t attempts, uint64_t first, uint64_t last)
+{
+    return attempts >= 16 ? last : min_u64(first << attempts, last);
+}
 
 /* Notes a fault among the first ones, if it is one of them. */
 void qpc_pager_note_first_fault(struct qpc_pager *p, uint32_t block, uint64_t page, uint64_t now);

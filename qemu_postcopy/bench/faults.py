@@ -4,8 +4,9 @@ A toucher (C) maps memory and touches every page, timing each.  Its faults are a
 the bare handler (C) that blocks in read(2), the bare one that never sleeps, and our pager; they
 take turns, so that a machine whose speed drifts treats all alike.  Those two copy from a file that
 they have mapped whole beforehand.  Our pager reads what it copies, since a mapping would show zeros
-where a file was cut short; so a third bare one, that never sleeps either, reads as well.  The content is compared in full
-after every run.  Toucher and handler have a processor each, where there are two.
+where a file was cut short; so a third bare one, that never sleeps either, reads as well.  The
+content is compared in full after every run.  Toucher and handler have a processor each, where there
+are two.
 """
 
 from __future__ import annotations
