@@ -71,14 +71,14 @@ def test_it_keeps_to_its_rate(serve: Serve, rate: int) -> None:
 def test_a_fault_does_not_wait_for_it(serve: Serve) -> None:
     pages = 32 * 1024
     guest = serve(pages=pages, holes=no_hole, chunk_size=4 * KIB, background=True, start=False)
-    # The last ones in its order: each needs an answer of its own.
+    # The last ones in its order. (How many are faults of their own is a matter of time: it goes on
+    # after the last fault when none has come for a millisecond.)
     dump = guest.mapper.send("dump", pages - 20, 20, guest.run_dir / "dump")
     guest.mapper.wait_blocked(1)
     guest.pager.start()
     guest.mapper.result(dump)
     statistics = guest.statistics
     assert statistics.state == PagerState.SERVING, "the background came first"
-    assert statistics.faults >= 20
     guest.pager.set_background(False)
 
 
