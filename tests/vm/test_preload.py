@@ -244,6 +244,53 @@ def test_programs_that_are_no_qemu_are_left_alone(elsewhere: Elsewhere) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{library()}\n", "")
 
 
+#: Shells, interpreters, tools that start others, programs with other rights, QEMU's other ones.
+REAL_PROGRAMS = [
+    ["bash", "-c", "for i in 1 2 3; do (cat /dev/null; exec true) & done; wait; echo $((1 + 1))"],
+    ["perl", "-e", "fork or exit 3; wait; print $? >> 8, qq(\n)"],
+    [sys.executable, "-c", "import threading, mmap, subprocess; m = mmap.mmap(-1, 16 << 20); "
+     "m[5] = 1; t = threading.Thread(target=lambda: print(m[5])); t.start(); t.join(); "
+     "print(subprocess.check_output(['id', '-u']))"],
+    ["sh", "-c", "echo 'int main(void) { return 5; }' | cc -xc - -o $TMPDIR/out && $TMPDIR/out"],
+    ["sh", "-c", "tar c /etc/hostname 2>&1 | gzip | gunzip | tar t"],
+    ["qemu-img", "--version"],
+    ["qemu-storage-daemon", "--version"],
+    ["qemu-img", "map", "/nonexistent"],
+    ["busybox", "sh", "-c", "echo $0 | md5sum"],
+    ["setpriv", "--no-new-privs", "--reuid=65534", "id"],
+    ["git", "--version"],
+    ["virsh", "--version"],
+    ["systemd-analyze", "--version"],
+    ["gdb", "--batch", "-ex", "print 1 + 1"],
+    ["node", "-p", "1 + 1"],
+    ["java", "-version"],
+]  # fmt: skip
+
+
+@pytest.mark.needs("cc")
+def test_it_can_be_loaded_into_anything(elsewhere: Elsewhere, run_dir: Path) -> None:
+    """Each does and says what it does and says without the library."""
+    source = Path(__file__).parent / "odd_program.c"
+    for name, *flags in (["odd"], ["odd-static", "-static"], ["odd-now", "-Wl,-z,now"]):
+        command = ["cc", "-O1", "-w", "-pthread", *flags, "-o", str(run_dir / name), str(source)]
+        subprocess.run(command, check=True)
+    odd = [[str(run_dir / name)] for name in ("odd", "odd-static", "odd-now")]
+    tried = []
+    for command in [*odd, *REAL_PROGRAMS]:
+        if not shutil.which(command[0]):
+            continue
+        variables = {"TMPDIR": str(run_dir)}
+        with_it = elsewhere.run(*command, **variables)
+        without = elsewhere.run(*command, LD_PRELOAD="", **variables)
+        assert (with_it.returncode, with_it.stdout, with_it.stderr) == (
+            without.returncode, without.stdout, without.stderr,
+        ), command  # fmt: skip
+        if command in odd:
+            assert (with_it.returncode, with_it.stdout) == (7, "well\nso far\n")
+        tried.append(Path(command[0]).name)
+    print("loaded into", *tried)
+
+
 def test_program_that_is_meant_ends_where_no_sidecar_answers(elsewhere: Elsewhere) -> None:
     elsewhere.server.path.unlink()
     done = elsewhere.run("env", QEMU_POSTCOPY_PRELOAD_PROGRAM="env")
