@@ -204,6 +204,28 @@ def test_debugger_at_missing_memory_gets_an_error_and_the_data_once_it_is_there(
     guest.console.wait_passes(1)
 
 
+def lazy_one_and_its_target(
+    lab: Lab, snapshot: Snapshot, guest_image: GuestImage, run_dir: Path
+) -> tuple[Guest, Guest]:
+    """A guest that misses nearly all of its memory, and a stock QEMU that it may migrate to."""
+    lazy = lab.restore(snapshot, "--no-background", "--paused", "--chunk", "4K", name="lazy")
+    lazy.ask("cont")
+    lazy.console.wait_more_ticks(1)
+    assert lazy.status()["statistics"]["pages_data_missing"] > 0
+    spec = VmSpec(
+        str(snapshot.qemu),
+        memory=(lab.memory(snapshot.kind, snapshot.ram_bytes),),
+        kernel=str(guest_image.kernel),
+        initrd=str(guest_image.initramfs),
+        append=guest_image.kernel_command_line(
+            "check", fill_mib=FILL_MIB, zero_percent=10, tick_ms=TICK_MS
+        ),
+        extra_arguments=("-no-reboot", "-incoming", "defer"),
+    )
+    target = lab.launch(spec)
+    return lazy, target
+
+
 @pytest.mark.parametrize("kind", ["memfd", "anonymous"])
 def test_guest_that_is_still_being_filled_migrates_to_another_qemu_whole(
     kind: MemoryKind,
@@ -214,21 +236,8 @@ def test_guest_that_is_still_being_filled_migrates_to_another_qemu_whole(
     run_dir: Path,
 ) -> None:
     snapshot: Snapshot = snapshots.checker(lab, guest_image, qemu_binary, kind, FILL_MIB)
-    lazy = lab.restore(snapshot, "--no-background", "--paused", "--chunk", "4K", name="lazy")
-    lazy.ask("cont")
-    lazy.console.wait_more_ticks(1)
-    assert lazy.status()["statistics"]["pages_data_missing"] > 0
-    spec = VmSpec(
-        str(qemu_binary),
-        memory=(lab.memory(kind, snapshot.ram_bytes),),
-        kernel=str(guest_image.kernel),
-        initrd=str(guest_image.initramfs),
-        append=guest_image.kernel_command_line(
-            "check", fill_mib=FILL_MIB, zero_percent=10, tick_ms=TICK_MS
-        ),
-        extra_arguments=("-no-reboot", "-incoming", f"unix:{run_dir / 'm'}"),
-    )
-    target = lab.launch(spec)
+    lazy, target = lazy_one_and_its_target(lab, snapshot, guest_image, run_dir)
+    target.ask("migrate-incoming", uri=f"unix:{run_dir / 'm'}")
     # Most of it before the guest is stopped; it dirties pages faster than that ends by itself.
     lazy.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 34, "downtime-limit": 20000})
     lazy.ask("migrate", uri=f"unix:{run_dir / 'm'}")
@@ -241,4 +250,37 @@ def test_guest_that_is_still_being_filled_migrates_to_another_qemu_whole(
     lazy.ask("quit")
     assert ends_within(lazy.identity, 20)
     wait_until(lambda: target.run_state() == "running", "the guest runs at its destination")
+    target.console.wait_passes(2)
+
+
+def test_guest_that_is_still_being_filled_moves_on_by_the_post_copy_of_qemu(
+    qemu_binary: Path,
+    lab: Lab,
+    snapshots: SharedSnapshots,
+    guest_image: GuestImage,
+    run_dir: Path,
+) -> None:
+    """It runs at its destination at once, and what it misses there comes from the image by way of
+    the source: two userfaultfds one after the other."""
+    snapshot = snapshots.checker(lab, guest_image, qemu_binary, "memfd", FILL_MIB)
+    lazy, target = lazy_one_and_its_target(lab, snapshot, guest_image, run_dir)
+    capability = {"capability": "postcopy-ram", "state": True}
+    for guest in (target, lazy):
+        guest.ask("migrate-set-capabilities", capabilities=[capability])
+    target.ask("migrate-incoming", uri=f"unix:{run_dir / 'm'}")
+    # Too slow to be done before the switch.
+    lazy.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
+    lazy.ask("migrate", uri=f"unix:{run_dir / 'm'}")
+    wait_until(lambda: lazy.ask("query-migrate")["status"] == "active", "it is under way")
+    missing = lazy.status()["statistics"]["pages_data_missing"]
+    assert missing > 0.5 * FILL_MIB * 256
+    lazy.ask("migrate-start-postcopy")
+    target.console.wait_more_ticks(2)  # while the most of it is still at the source, or nowhere
+    wait_until(lambda: lazy.ask("query-migrate")["status"] in ("completed", "failed"), "the end")
+    assert lazy.ask("query-migrate")["status"] == "completed"
+    said = lazy.status()
+    assert said["trouble"] == ""
+    assert said["origins"][MIGRATION]["faults"] > 0.5 * FILL_MIB * 256
+    lazy.ask("quit")
+    assert ends_within(lazy.identity, 20)
     target.console.wait_passes(2)
