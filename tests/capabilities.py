@@ -90,6 +90,10 @@ def cc() -> str:
     return "" if shutil.which("cc") else "no cc on PATH"
 
 
+def aarch64_cc() -> str:
+    return "" if shutil.which("aarch64-linux-gnu-gcc") else "no aarch64-linux-gnu-gcc on PATH"
+
+
 def root() -> str:
     return "" if os.geteuid() == 0 else "not root"
 
@@ -123,6 +127,7 @@ PROBES: dict[str, Callable[[], str]] = {
         hugetlb,
         guest,
         cc,
+        aarch64_cc,
         root,
         tap,
     ]
