@@ -111,7 +111,7 @@ async def restore(
                 await session.launch(argv, as_recorded=options.launches_as_recorded(image.manifest))
             session.attach()
             session.serve()
-            session.begin_to_load()
+            await session.begin_to_load()
             await control.start()
             await session.load_device_state()
             if not options.paused:

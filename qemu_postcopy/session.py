@@ -587,16 +587,22 @@ class Session:
                 await self.wait_gone()
         self.identity.require_alive()
 
-    def begin_to_load(self) -> None:
-        """Lets QEMU load what it can before it is asked anything: it waits for that.
+    async def begin_to_load(self) -> None:
+        """Lets QEMU load what it can before its answers are looked at: it waits for that.
 
         All but the end, so that it cannot finish: only where its memory was foreseen, and when that
         is registered and served.
+
+        Raises:
+            LaunchError: it has ended.
         """
         from qemu_postcopy.image.device_state import end_of_sections
 
         self._require(State.LOADED)
         if self._gate is not None and self._presumed:
+            assert self._owned is not None
+            # What it answers after the load would be waited for; now there is something else to do.
+            await self._owned.answered()
             self._held_from = end_of_sections(self._device_state)
             self._let_in = self._gate.let_in_now(self._device_state, 0, self._held_from)
 
@@ -682,9 +688,9 @@ class Session:
             gate.let_in(self._device_state, self._let_in, self._held_from)
         )
         try:
+            self._try_record()
             if self._presumed:
                 await self._confirm_foreseen()
-            self._try_record()
             await letting_in
         finally:
             letting_in.cancel()

@@ -135,6 +135,18 @@ class QemuProcess:
         numbers = greeting["QMP"]["version"]["qemu"]
         return numbers["major"], numbers["minor"], numbers["micro"]
 
+    async def answered(self, timeout: float = READY_SECONDS) -> None:
+        """Waits until QEMU has answered all that :meth:`ask_ahead` has asked.
+
+        Raises: LaunchError, as :meth:`connect`.
+        """
+        assert self._asked is not None
+        try:
+            async with asyncio.timeout(timeout):
+                await self._asked.answers()
+        except (QmpError, TimeoutError) as error:
+            raise await self._not_ready() from error
+
     async def connect(self, timeout: float = READY_SECONDS) -> Qmp:
         """Waits until QEMU is ready and returns its monitor, which can be had once.
 
