@@ -28,6 +28,9 @@ INTERVAL = 0.5
 #: Waits between attempts at recovery, in seconds; the last one repeats.
 RETRIES = (1.0, 2.0, 5.0, 10.0)
 
+#: A resume that has had no effect for so long is told, in seconds.
+RESUME_SECONDS = 30.0
+
 
 class Stage(enum.StrEnum):
     """Where a drive stands."""
@@ -132,6 +135,7 @@ class Drive:
         self._cancel = False
         self._attempts = 0
         self._next_attempt = 0.0
+        self._resume_late = 0.0
         self._away_since: float | None = None
         self._since = time.monotonic()
 
@@ -317,6 +321,12 @@ class Drive:
                 if self._seen.error is not None:
                     self._tell(f"not resumed yet: {self._seen.error.message}")
         self._say_no_to_cancel()
+        if self._seen.busy and self.stage is Stage.RECOVERING and now > self._resume_late:
+            self._resume_late = now + RESUME_SECONDS
+            self._tell(
+                "the resume does not begin: is the network up? If so, the destination's QEMU does "
+                "not answer libvirt, because a thread that holds its lock waits for a page"
+            )
         if self._seen.busy or now < self._next_attempt:
             return
         resuming = self.options.begin == "resume" and self._attempts == 0
@@ -334,6 +344,7 @@ class Drive:
                 raise
         else:
             self.report.interruptions[-1].attempts += 1
+            self._resume_late = now + RESUME_SECONDS
             self._enter(Stage.RECOVERING)
             self._tell("resuming")
 

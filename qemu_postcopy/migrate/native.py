@@ -141,6 +141,7 @@ class NativeEngine:
         self._final: Statistics | None = None
         self._succeeded = False
         self._limit_anew = False
+        self._last_phase = Phase.SETUP
         self._stopped_at: float | None = None
         self._resumed_at: float | None = None
 
@@ -338,15 +339,19 @@ class NativeEngine:
             stopped = max(0.0, self._resumed_at - self._stopped_at)
         busy = self._call is not None and not self._call.done()
         passes = max(self._passes, statistics.passes)
+        if phase is not Phase.UNREACHABLE:
+            self._last_phase = phase
         return Observation(phase, passes, statistics, error or self._error, busy, stopped)
 
     async def _look(self, connection: Connection) -> Observation:
         await self._listen_to_source()
         _, domain = await self._reach_domain()
         state, reason = await connection.call("no state", domain.state)
-        statistics = Statistics()
-        with contextlib.suppress(LibvirtError):  # none once it has ended, or another job's
-            statistics = statistics_of(await connection.call("no figures", domain.jobStats))
+        try:
+            raw = await connection.call("no figures", domain.jobStats)
+        except LibvirtError:  # of a job that is just ending
+            raw = {"operation": OUTGOING, "type": load().VIR_DOMAIN_JOB_UNBOUNDED}
+        statistics = statistics_of(raw)
         phase = self._phase(state, reason, statistics)
         if phase is Phase.COMPLETED:  # shut off: moved away, or ended
             return await self._gone_from_source()
@@ -387,10 +392,12 @@ class NativeEngine:
                 return Phase.POSTCOPY
             if reason == libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED:
                 return Phase.INTERRUPTED
+            if reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+                return Phase.PRECOPY  # the last of it
         if state in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
             return Phase.COMPLETED
         outgoing = statistics.raw.get("operation") == OUTGOING and statistics.raw.get("type")
-        if outgoing:
+        if outgoing or (calling and self._last_phase is Phase.PRECOPY):
             return Phase.PRECOPY if max(self._passes, statistics.passes) else Phase.SETUP
         return Phase.SETUP if calling else Phase.ENDED
 
@@ -407,7 +414,8 @@ class NativeEngine:
         """The source has it no more: the destination says whether it arrived."""
         libvirt = load()
         if self._call is not None and not self._call.done():
-            return self._observation(Phase.POSTCOPY, Statistics())
+            # The last things are done: its return is what counts.
+            return self._observation(self._last_phase, Statistics())
         connection = await self._reach_destination()
         if connection is None:
             error = LibvirtError(

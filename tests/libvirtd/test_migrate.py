@@ -303,3 +303,71 @@ def test_a_migration_that_virsh_began_is_watched_and_switched(
     assert new_pair.where() == ([], ["guest"])
     domain.console.wait_passes(1)
     assert report["mode"] == "post-copy" and report["switch_reason"]
+
+
+def test_a_migration_that_virsh_began_is_recovered(
+    old_pair: Pair, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain = busy_domain(old_pair, shared_guest, shared_dir)
+    old_pair.link.limit(24 * MIB)
+    virsh = old_pair.source.popen(
+        "virsh", "migrate", "--live", "--p2p", "--postcopy", "guest", old_pair.target.uri
+    )
+    wait_until(
+        lambda: "Outgoing migration" in old_pair.source.virsh("domjobinfo", "guest"),
+        "virsh has begun",
+    )
+    begun = old_pair.begin("--watch", "--after-passes", 0, "--supervise")
+    interrupted_soon(old_pair, domain)
+    old_pair.source.virsh("domjobabort", "--postcopy", "guest")
+    begun.wait_said("post-copy is interrupted")
+    old_pair.link.limit(200 * MIB)
+    begun.report()
+    assert virsh.wait(PATIENCE) != 0
+    assert old_pair.where() == ([], ["guest"])
+    domain.console.wait_passes(1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", ["pre-copy", "post-copy"])
+def test_the_tool_is_killed_and_another_run_sees_the_migration_through(
+    pair: Pair, shared_guest: GuestImage, shared_dir: Path, stage: str
+) -> None:
+    domain = busy_domain(pair, shared_guest, shared_dir)
+    pair.link.limit(24 * MIB)
+    policy = (
+        ("--after-passes", 0) if stage == "post-copy" else ("--after-passes", 9, "--no-on-stall")
+    )
+    begun = pair.begin(*policy)
+    if stage == "post-copy":
+        interrupted_soon(pair, domain)
+    else:
+        begun.wait_said("pre-copy, pass 1")
+    begun.signal(signal.SIGKILL)
+    begun.process.wait(PATIENCE)
+    pair.migrate("--watch", "--after-passes", 0)
+    assert pair.where() == ([], ["guest"])
+    domain.console.wait_passes(1)
+
+
+@pytest.mark.soak
+def test_gap_and_downtime_beside_plain_virsh(
+    new_pair: Pair, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    """Prints them; asserts no time.  Both move the same guest, there and back again."""
+    domain = busy_domain(new_pair, shared_guest, shared_dir)
+    back = Pair(new_pair.target, new_pair.source, new_pair.link)
+    virsh = ("virsh", "migrate", "--live", "--p2p", "--postcopy", "--postcopy-after-precopy")
+    for _ in range(3):
+        with Gap(domain) as gap:
+            report = new_pair.migrate()
+            domain.console.wait_passes(1)
+        figures = ("downtime_ms", "total_seconds", "postcopy_requests")
+        print(f"driven: gap {gap.longest * 1000:.0f} ms, {[report[name] for name in figures]}")
+        with Gap(domain) as gap:
+            back.source.run(*virsh, "guest", back.target.uri)
+            domain.console.wait_passes(1)
+        said = back.target.virsh("domjobinfo", "--completed", "guest")
+        wanted = ("Time elapsed", "Total downtime", "Postcopy requests")
+        lines = [line.split() for line in said.splitlines() if line.startswith(wanted)]
+        print(f"virsh:  gap {gap.longest * 1000:.0f} ms, {lines}")
