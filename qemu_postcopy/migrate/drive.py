@@ -98,8 +98,13 @@ class _Moving:
 
     mark: tuple[int, int, int] = (0, 0, 0)
     since: float = field(default_factory=time.monotonic)
+    elapsed: float = 0.0
 
     def still_for(self, statistics: Statistics) -> float:
+        """Seconds without a page, by figures that are new; old ones say nothing."""
+        if statistics.elapsed and statistics.elapsed == self.elapsed:
+            return 0.0
+        self.elapsed = statistics.elapsed
         mark = (statistics.remaining, statistics.transferred, statistics.requests)
         now = time.monotonic()
         if mark != self.mark:

@@ -23,6 +23,10 @@ from qemu_postcopy.migrate.engine import NotYetError, Observation, Phase, Statis
 EVENTS = ("LIFECYCLE", "MIGRATION_ITERATION", "JOB_COMPLETED")
 #: virDomainJobOperation: MIGRATION_OUT
 OUTGOING = 5
+#: What the figures of a migration under way say of it (virDomainJobType: UNBOUNDED).
+UNDER_WAY = {"operation": OUTGOING, "type": 2}
+#: How long figures are waited for, in seconds.
+FIGURES_SECONDS = 0.3
 #: How long a daemon that went away is given before the next try, in seconds.
 RECONNECT_SECONDS = 0.5
 #: libvirt 11.2 to 11.3 read a null pointer in virDomainMigratePrepare3 with POSTCOPY_RESUME
@@ -142,6 +146,8 @@ class NativeEngine:
         self._succeeded = False
         self._limit_anew = False
         self._last_phase = Phase.SETUP
+        self._asking: asyncio.Task[Any] | None = None
+        self._figures_before = Statistics(raw=dict(UNDER_WAY))
         self._stopped_at: float | None = None
         self._resumed_at: float | None = None
 
@@ -269,6 +275,9 @@ class NativeEngine:
         connection = self._source if side == "source" else self._destination
         if side == "source":
             self._source = self._domain = None
+            if self._asking is not None:
+                self._asking.add_done_callback(lambda task: task.exception())  # nobody asks
+                self._asking = None
         else:
             self._destination = None
         if connection is not None:
@@ -347,11 +356,7 @@ class NativeEngine:
         await self._listen_to_source()
         _, domain = await self._reach_domain()
         state, reason = await connection.call("no state", domain.state)
-        try:
-            raw = await connection.call("no figures", domain.jobStats)
-        except LibvirtError:  # of a job that is just ending
-            raw = {"operation": OUTGOING, "type": load().VIR_DOMAIN_JOB_UNBOUNDED}
-        statistics = statistics_of(raw)
+        statistics = await self._figures(connection, domain)
         phase = self._phase(state, reason, statistics)
         if phase is Phase.COMPLETED:  # shut off: moved away, or ended
             return await self._gone_from_source()
@@ -371,6 +376,22 @@ class NativeEngine:
                 ),
             )
         return self._observation(phase, statistics)
+
+    async def _figures(self, connection: Connection, domain: Any) -> Statistics:
+        """The newest ones; those before where QEMU takes its time to answer.
+
+        QEMU 7.2 under TCG has taken seconds for it in pre-copy: no switch is to wait for that.
+        """
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(connection.call("no figures", domain.jobStats))
+        done, _ = await asyncio.wait({self._asking}, timeout=FIGURES_SECONDS)
+        if done:
+            asked, self._asking = self._asking, None
+            try:
+                self._figures_before = statistics_of(asked.result())
+            except LibvirtError:  # of a job that is just ending
+                self._figures_before = Statistics(raw=dict(UNDER_WAY))
+        return self._figures_before
 
     async def _ended_at_destination(self) -> bool:
         """Whether a destination that answers has it no more."""

@@ -331,22 +331,22 @@ def test_a_migration_that_virsh_began_is_recovered(
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", ["pre-copy", "post-copy"])
 def test_the_tool_is_killed_and_another_run_sees_the_migration_through(
-    pair: Pair, shared_guest: GuestImage, shared_dir: Path, stage: str
+    new_pair: Pair, shared_guest: GuestImage, shared_dir: Path, stage: str
 ) -> None:
-    domain = busy_domain(pair, shared_guest, shared_dir)
-    pair.link.limit(24 * MIB)
+    domain = busy_domain(new_pair, shared_guest, shared_dir)
+    new_pair.link.limit(24 * MIB)
     policy = (
         ("--after-passes", 0) if stage == "post-copy" else ("--after-passes", 9, "--no-on-stall")
     )
-    begun = pair.begin(*policy)
+    begun = new_pair.begin(*policy)
     if stage == "post-copy":
-        interrupted_soon(pair, domain)
+        interrupted_soon(new_pair, domain)
     else:
         begun.wait_said("pre-copy, pass 1")
     begun.signal(signal.SIGKILL)
     begun.process.wait(PATIENCE)
-    pair.migrate("--watch", "--after-passes", 0)
-    assert pair.where() == ([], ["guest"])
+    new_pair.migrate("--watch", "--after-passes", 0)
+    assert new_pair.where() == ([], ["guest"])
     domain.console.wait_passes(1)
 
 
