@@ -236,14 +236,14 @@ def interrupted_soon(pair: Pair, domain: Domain) -> None:
     monitor waiting too, and libvirt's order to recover (it does not use out-of-band commands).
     """
     pair.wait_postcopy()
-    domain.console.wait_more_ticks(20)
+    domain.console.wait_more_ticks(10)
 
 
 def test_a_cut_link_is_recovered_without_a_hand_on_it(
     old_pair: Pair, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
     domain = busy_domain(old_pair, shared_guest, shared_dir)
-    old_pair.link.limit(24 * MIB)
+    old_pair.link.limit(8 * MIB)
     begun = old_pair.begin(*POLICY["libvirt"], "--supervise", "--stall", 2)
     interrupted_soon(old_pair, domain)
     old_pair.link.cut()
@@ -262,7 +262,7 @@ def test_an_interrupted_post_copy_is_resumed_by_another_run(
     old_pair: Pair, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
     domain = busy_domain(old_pair, shared_guest, shared_dir)
-    old_pair.link.limit(24 * MIB)
+    old_pair.link.limit(8 * MIB)
     begun = old_pair.begin(*POLICY["libvirt"])
     interrupted_soon(old_pair, domain)
     old_pair.source.virsh("domjobabort", "--postcopy", "guest")
@@ -305,11 +305,12 @@ def test_a_migration_that_virsh_began_is_watched_and_switched(
     assert report["mode"] == "post-copy" and report["switch_reason"]
 
 
+@pytest.mark.soak
 def test_a_migration_that_virsh_began_is_recovered(
     old_pair: Pair, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
     domain = busy_domain(old_pair, shared_guest, shared_dir)
-    old_pair.link.limit(24 * MIB)
+    old_pair.link.limit(8 * MIB)
     virsh = old_pair.source.popen(
         "virsh", "migrate", "--live", "--p2p", "--postcopy", "guest", old_pair.target.uri
     )
