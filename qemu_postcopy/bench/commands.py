@@ -208,6 +208,11 @@ def memory_mib(text: str) -> int:
     show_default=True,
     help="Where images and streams are put for the time being: three times the largest eager size.",
 )
+@click.option(
+    "--connect",
+    metavar="URI",
+    help="A domain of that libvirt, saved by virsh: lazily and by virsh restore.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def restore_command(
     sizes: tuple[int, ...],
@@ -217,6 +222,7 @@ def restore_command(
     chunk: int | None,
     background: bool,
     directory: Path,
+    connect: str | None,
     as_json: bool,
 ) -> None:
     """Resume guests: lazily, eagerly by stock QEMU, and by the kernel's private mapping.
@@ -228,9 +234,19 @@ def restore_command(
     Examples:
       qemu-postcopy bench restore
       qemu-postcopy bench restore --sizes 256M,1G --runs 9 --json
+      qemu-postcopy bench restore --connect qemu:///system --sizes 4G
     """
     import asyncio
     import os
+
+    if connect is not None:
+        from qemu_postcopy.bench.libvirt_restore import LibvirtRestoreBench
+
+        if qemu or chunk or not background:
+            raise click.UsageError("--qemu, --chunk and --no-background are not for --connect")
+        domains = LibvirtRestoreBench(connect, sizes, runs, directory, say)
+        show(domains.run(), as_json)
+        return
 
     from qemu_postcopy.bench.restore import RestoreBench
 

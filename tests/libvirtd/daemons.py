@@ -254,12 +254,17 @@ class Host:
         return subprocess.Popen(self.command(*words, user=user), stdout=stdout, **options)
 
     def run(
-        self, *words: object, user: str = "", status: int = 0, **options: Any
+        self,
+        *words: object,
+        user: str = "",
+        status: int = 0,
+        patience: float = PATIENCE,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program on the host and checks its exit status."""
         done = subprocess.run(
             self.command(*words, user=user),
-            capture_output=True, text=True, timeout=PATIENCE, check=False, **options,
+            capture_output=True, text=True, timeout=patience, check=False, **options,
         )  # fmt: skip
         assert done.returncode == status, (
             f"{self.name}: {' '.join(map(str, words))}: exit {done.returncode}, not {status}\n"
