@@ -173,6 +173,14 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
             f"{run.name} was killed before a VMM had handed its memory over",
             hint="nothing is lost: serve it again",
         )
+    if record.state in BEFORE_SERVING and run.stream.exists():
+        # libvirt ends its QEMU, which has not run.
+        run.end_stream()
+        run.update_record(state=str(State.FAILED))
+        raise StateError(
+            f"the restore of {run.name} had not come so far as a guest",
+            hint="nothing is lost: restore it again",
+        )
     if record.state == State.NEW and not record.pid:
         record = replace(record, pid=owner_of(run.qmp_socket), start_time=0)
     if not run.guest_alive(record):

@@ -388,6 +388,11 @@ class Session:
         await self._check_fit()
         self._enter(State.FOUND)
 
+    def announce(self, monitor: str) -> None:
+        """Notes where a guest will be that libvirt starts next, for whoever comes after."""
+        self._monitor = monitor
+        self._try_record()
+
     def adopt(
         self,
         pid: int,

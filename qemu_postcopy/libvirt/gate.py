@@ -23,6 +23,7 @@ from typing import Any
 
 from qemu_postcopy.errors import AttachError, HostError, LibvirtError
 from qemu_postcopy.libvirt.connection import qemu_of
+from qemu_postcopy.sidecar.rundir import end_fifo
 
 #: fcntl(2), inotify(7)
 F_SETPIPE_SZ = 1031
@@ -47,6 +48,7 @@ class Gate:
         self.path = path
         self._head = head
         self._restoring: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._fed = False
         self._opened = self._closed = self._given = 0
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -164,6 +166,7 @@ class Gate:
             offset_bytes += len(part)
             if not await self._put(part, taken=False):
                 break
+        self._fed = True
         self.close()
         await self._restoring
 
@@ -199,7 +202,9 @@ class Gate:
             os.close(self._inotify)
             self._inotify = -1
         if self._fifo >= 0:
-            # First the name: who opens it later would wait for a writer for ever (fifo(7)).
-            self.path.unlink(missing_ok=True)
+            if self._fed:
+                self.path.unlink(missing_ok=True)
+            else:
+                end_fifo(self.path, self._fifo)
             os.close(self._fifo)
             self._fifo = -1

@@ -246,7 +246,8 @@ async def _start(
     flags = libvirt.VIR_DOMAIN_SAVE_PAUSED
     if options.reset_nvram:
         flags |= _flag("VIR_DOMAIN_SAVE_RESET_NVRAM", "--reset-nvram")
-    gate = Gate(session.run.path / "stream", saved.head())
+    session.announce(address_of(options.uri, saved.uuid))
+    gate = Gate(session.run.stream, saved.head())
     call = asyncio.ensure_future(
         connection.call(
             f"{saved.name} cannot be restored",

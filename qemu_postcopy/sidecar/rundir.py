@@ -155,6 +155,11 @@ class RunDirectory:
             return ""
 
     @property
+    def stream(self) -> Path:
+        """The FIFO that libvirt restores from; see :mod:`qemu_postcopy.libvirt.gate`."""
+        return self.path / "stream"
+
+    @property
     def _disposable(self) -> Path:
         """Names the image that goes with the guest."""
         return self.path / "disposable-image"
@@ -275,14 +280,17 @@ class RunDirectory:
     def remove(self) -> None:
         """Removes the directory, and the image that was made for its guest only."""
         self.discard_image()
-        for path in self.path.glob("*"):
-            if path.is_fifo():
-                # Who waits for a writer in open(2) of it waits for ever once the name is gone.
-                with suppress(OSError):
-                    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-                    path.unlink()
-                    os.close(descriptor)
+        self.end_stream()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def end_stream(self) -> None:
+        """Has whoever still waits for a stream of a sidecar that is gone give up."""
+        with suppress(OSError):
+            descriptor = os.open(self.stream, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                end_fifo(self.stream, descriptor)
+            finally:
+                os.close(descriptor)
 
     def note_disposable(self, image: Path) -> None:
         """That image is made for this guest, and of no use once it has all of its memory."""
@@ -425,6 +433,17 @@ def list_directories(base: Path | None = None) -> list[RunDirectory]:
             if (path / "session.json").exists() and path.stat().st_uid == os.geteuid():
                 found.append(RunDirectory(path))
     return found
+
+
+def end_fifo(path: Path, descriptor: int) -> None:
+    """Ends a FIFO that is open for both ways: no reader takes what it gets for its own.
+
+    The end of the file alone would not do: QEMU 7.2 reads on for ever where a stream ends before
+    its begin, and who waits for a writer in open(2) waits on when the name is gone.
+    """
+    with suppress(BlockingIOError):
+        os.write(descriptor, bytes(4096))
+    path.unlink(missing_ok=True)
 
 
 def remove_ended(base: Path | None = None) -> None:

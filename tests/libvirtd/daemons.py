@@ -31,6 +31,8 @@ from typing import IO, Any
 from libvirtd.host_init import OWN
 from vm.guests import PATIENCE, wait_until
 
+import qemu_postcopy
+
 HOST_INIT = Path(__file__).with_name("host_init.py")
 CONFIGURATION = Path("/etc/libvirt")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -40,6 +42,20 @@ OPERATOR, OPERATOR_ID = "operator", 47110
 #: sh: enters the cgroups before `--`, becomes the command after it.
 ENTER_CGROUPS = """
 while [ "$1" != -- ]; do echo $$ >"$1/cgroup.procs"; shift; done
+shift; exec "$@"
+"""
+#: sh: `STAGE CLOSED PATH... -- COMMAND...` in a mount namespace of its own: of the directory CLOSED
+#: which others may not enter, there are only these paths below, and everybody may enter.
+OPEN_PATHS = """
+stage=$1 closed=$2 number=0; shift 2
+for path; do
+    [ "$path" = -- ] && break
+    number=$((number + 1)); mkdir -p "$stage/$number"; mount --bind "$path" "$stage/$number"
+done
+mount -t tmpfs -o mode=755 tmpfs "$closed"; number=0
+while [ "$1" != -- ]; do
+    number=$((number + 1)); mkdir -p "$1"; mount --bind "$stage/$number" "$1"; shift
+done
 shift; exec "$@"
 """
 DAEMONS = ("virtlogd", "libvirtd")
@@ -207,6 +223,10 @@ class Host:
         # A killed one leaves its socket, which must not be taken for that of the next.
         (self.directory / f"run/libvirt/{socket_name(name)}").unlink(missing_ok=True)
 
+    def daemon_parent(self, name: str) -> int:
+        """The PID of what has started a daemon and waits for it."""
+        return self._daemons[name].pid
+
     def restart_daemon(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
         self.stop_daemon(name, number)
         self.start_daemon(name)
@@ -242,6 +262,7 @@ class Host:
         if user:
             home = self.directory / "home"
             enter += [
+                *self._open_python(),
                 "setpriv", f"--reuid={OPERATOR_ID}", f"--regid={OPERATOR_ID}", "--clear-groups",
                 "env", f"HOME={home}", f"USER={user}", f"LOGNAME={user}",
                 f"XDG_RUNTIME_DIR=/run/user/{OPERATOR_ID}",
@@ -282,6 +303,16 @@ class Host:
         """qemu-postcopy on the host."""
         command = [sys.executable, "-m", "qemu_postcopy", *words]
         return self.run(*command, user=user, status=status, **options)
+
+    def _open_python(self) -> list[str]:
+        """What lets a user read this Python and the package, where they lie in root's home."""
+        paths = [Path(sys.base_prefix), Path(sys.prefix), Path(qemu_postcopy.__file__).parents[1]]
+        for closed in {ancestor for path in paths for ancestor in reversed(path.parents)}:
+            if not closed.stat().st_mode & 0o001:
+                inside = [str(path) for path in paths if path.is_relative_to(closed)]
+                return ["unshare", "-m", "sh", "-ec", OPEN_PATHS, "sh",
+                        str(self.directory / "opened"), str(closed), *inside, "--"]  # fmt: skip
+        return []
 
     def processes(self, program: str = "") -> list[int]:
         """PIDs, as the machine sees them, of the host's processes whose command begins so."""

@@ -53,6 +53,7 @@ def domain_xml(
     tick_ms: int = TICK_MS,
     firmware: str = "",
     cells: str = "",
+    emulator: str = "/usr/bin/qemu-system-x86_64",
 ) -> str:
     """A minimal TCG domain.  `machine` is one that both tested QEMUs have, by default.
 
@@ -79,7 +80,7 @@ def domain_xml(
   {"<features><acpi/></features>" if firmware else ""}
   <on_reboot>destroy</on_reboot>
   <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <emulator>{emulator}</emulator>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
     <serial type='file'><source path='{console}' append='on'/></serial>{extra_devices}

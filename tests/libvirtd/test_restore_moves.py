@@ -1,0 +1,52 @@
+"""A domain that was restored lazily moves by virsh migrate, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from libvirtd.conftest import STACKS, Hosts
+from libvirtd.saved import (
+    MEMFD,
+    left_beside,
+    restore,
+    run_directories,
+    saved_domain,
+    sidecars,
+    wait_detached,
+)
+from vm.guests import wait_until
+
+from qemu_postcopy.images.guest_image import GuestImage
+
+pytestmark = pytest.mark.needs("guest", "uffd", "ptrace", "root")
+
+
+@pytest.mark.parametrize("stack", [pytest.param(s, marks=pytest.mark.needs(s)) for s in STACKS])
+@pytest.mark.parametrize("filled", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_a_restored_domain_moves_to_another_host(
+    hosts: Hosts, shared_guest: GuestImage, shared_dir: Path, stack: str, filled: bool
+) -> None:
+    source, target = hosts.get(stack), hosts.get(stack, "beta")
+    hosts.link(source, target)
+    domain, path = saved_domain(source, shared_guest, shared_dir, fill_mib=16, memory_backing=MEMFD)
+    restore(source, path, *(() if filled else ("--no-background",)))
+    domain.console.wait_more_ticks(2)
+    if filled:
+        wait_detached(source, "guest")
+    else:
+        assert sidecars(source) != []
+    source.virsh("migrate", "--live", "guest", target.uri)
+    assert (source.domains(), target.domains()) == ([], ["guest"])
+    wait_until(lambda: sidecars(source) == [], "the sidecar has ended")
+    domain.console.wait_passes(1)
+    assert left_beside(shared_dir) == []
+    # Migration has read all of its memory: whether the sidecar was done before QEMU ended is open.
+    assert run_directories(source) in ([], ["guest"])
+    # And back again, lazily: a domain like any other there.
+    target.virsh("save", "guest", shared_dir / "there")
+    restore(target, shared_dir / "there", "--no-background")
+    domain.console.wait_passes(1)
+    target.virsh("destroy", "guest")
+    wait_until(lambda: sidecars(target) == [], "the sidecar has ended")
+    assert (target.qemus(), left_beside(shared_dir)) == ([], [])
