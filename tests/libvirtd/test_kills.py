@@ -133,9 +133,11 @@ def waiting_emulator(directory: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "stage",
     [
-        "starting",
         "loading",
-        *(pytest.param(s, marks=pytest.mark.soak) for s in ("connecting", "filling", "complete")),
+        *(
+            pytest.param(stage, marks=pytest.mark.soak)
+            for stage in ("connecting", "starting", "filling", "complete")
+        ),
     ],
 )
 def test_nothing_is_lost_when_somebody_is_killed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from libvirtd.daemons import Host
@@ -19,7 +20,7 @@ FILE = "<source type='file'/><access mode='shared'/>"
 PRIVATE_MEMFD = "<source type='memfd'/><access mode='private'/><allocation mode='immediate'/>"
 
 
-def save_and_restore(host: Host, image: GuestImage, directory: Path, **choices: object) -> None:
+def save_and_restore(host: Host, image: GuestImage, directory: Path, **choices: Any) -> None:
     domain = start_domain(host, image, directory, fill_mib=16, **choices)
     domain.wait_ready()
     path = directory / "saved"
