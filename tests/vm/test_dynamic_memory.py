@@ -92,33 +92,6 @@ def test_what_a_balloon_and_free_page_reporting_gave_back_is_never_the_images_ag
     guest.console.wait_passes(1)
 
 
-@pytest.mark.soak
-@EVERY_KIND
-def test_faults_are_answered_while_a_balloon_is_inflated_again_and_again(
-    kind: MemoryKind, qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
-) -> None:
-    booted = boot(
-        lab, guest_image, qemu_binary, kind, "-device", "virtio-balloon-pci,id=b0", fill_mib=160
-    )
-    snapshot = take_snapshot(booted, run_dir / "image", qemu_binary, kind)
-    booted.kill()
-    guest = lab.restore(snapshot, "--no-background", "--chunk", "4K")
-    passes = guest.console.wait_more_ticks(1)[-1].passes
-    removals = []
-    # Each page that is put into it is a removal of its own.
-    while guest.console.ticks[-1].passes < passes + 2:
-        set_balloon(guest, BASE_MIB - BALLOON_MIB)
-        set_balloon(guest, BASE_MIB)
-        removals.append(guest.status()["statistics"]["events_remove"])
-    told = guest.status()["statistics"]
-    print(f"{len(removals)} times inflated, {removals[-1]} removals, {told['faults']} faults")
-    for bucket, count in enumerate(told["latency_us"]):
-        if count:
-            print(f"  below {1 << bucket} us: {count}")
-    complete(guest)
-    guest.console.wait_passes(1)
-
-
 @EVERY_KIND
 def test_virtio_mem_shrinks_and_grows_while_its_memory_is_missing(
     kind: MemoryKind, qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
