@@ -140,8 +140,11 @@ def test_restore_killed_at_any_moment_leaves_a_guest_or_none_never_half_of_one(
         record = RunDirectory(run).read_record()
         assert record is not None
         done = subprocess.run(cli_command("recover", name), capture_output=True, text=True)
-        if done.returncode == 10:
-            assert "not come so far as a guest" in done.stderr
+        if done.returncode in (10, 13):
+            if done.returncode == 13:  # its stream ended too early, and it has not waited for us
+                assert "load of migration failed" in (run / "qemu.log").read_text()
+            else:
+                assert "not come so far as a guest" in done.stderr
             wait_until(lambda: owner_of(run / "qmp.sock") == 0, "a QEMU without a guest is ended")  # noqa: B023
             outcomes.add("no guest")
             cli("restore", "--name", name, "--wait", "complete", snapshot.image)
