@@ -16,7 +16,6 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 from qemu_postcopy.errors import HandshakeError, ImageError, PostcopyError
@@ -56,7 +55,7 @@ def handshake(data: bytes) -> None:
         assert reached < 1 << 63
 
 
-class _Pager:
+class _Session:
     """Stands where the arguments of a request end."""
 
     def set_background(self, enabled: bool, rate: int) -> None:
@@ -85,7 +84,7 @@ class _Writer:
 
 def control(data: bytes) -> None:
     """Each line that is not too long gets one line of JSON for an answer."""
-    session = SimpleNamespace(pager=_Pager())
+    session = _Session()
     background = handlers(cast(Any, session))["background"]
     server = ControlServer(Path("unused"), {"background": background})
     writer = _Writer()
