@@ -60,11 +60,15 @@ def foreseeable(argv: Sequence[str], manifest: Manifest) -> bool:
     it is started so again.
 
     It makes one memfd of small pages for the image's one block, and nothing in it can be among what
-    :func:`refusals.refusals` finds.  The machine's type is in the stream, which QEMU loads into no
-    other.
+    :func:`refusals.refusals` finds.  The program's name tells the architecture (one of another name
+    is asked); the machine's type is in the stream, which QEMU loads into no other.
     """
-    return all(_is_plain(name, value) for name, value in options_of(argv)) and _one_memfd(
-        [value for name, value in options_of(argv) if name == "object" and value], manifest
+    return (
+        Path(argv[0]).name == f"qemu-system-{manifest.architecture}"
+        and all(_is_plain(name, value) for name, value in options_of(argv))
+        and _one_memfd(
+            [value for name, value in options_of(argv) if name == "object" and value], manifest
+        )
     )
 
 

@@ -76,3 +76,8 @@ def test_other_blocks_are_asked_about() -> None:
     assert not foreseeable([*PLAIN, *MEMORY], manifest(page_size=2 << 20))
     assert not foreseeable([*PLAIN, *MEMORY], manifest(count=2))
     assert not foreseeable([*PLAIN, *MEMORY], manifest(name="pc.ram"))
+
+
+def test_a_program_whose_name_tells_no_or_another_architecture_is_asked() -> None:
+    for program in ("/usr/libexec/qemu-kvm", "qemu-system-aarch64"):
+        assert not foreseeable([program, *PLAIN[1:], *MEMORY], manifest())
