@@ -305,14 +305,20 @@ class Host:
         return self.run(*command, user=user, status=status, **options)
 
     def _open_python(self) -> list[str]:
-        """What lets a user read this Python and the package, where they lie in root's home."""
+        """What lets a user read this Python and the package, where they lie in directories that
+        others may not enter: root's home, tox's."""
         paths = [Path(sys.base_prefix), Path(sys.prefix), Path(qemu_postcopy.__file__).parents[1]]
-        for closed in {ancestor for path in paths for ancestor in reversed(path.parents)}:
-            if not closed.stat().st_mode & 0o001:
-                inside = [str(path) for path in paths if path.is_relative_to(closed)]
-                return ["unshare", "-m", "sh", "-ec", OPEN_PATHS, "sh",
-                        str(self.directory / "opened"), str(closed), *inside, "--"]  # fmt: skip
-        return []
+        closed = {
+            next((above for above in reversed(path.parents) if not above.stat().st_mode & 1), None)
+            for path in paths
+        } - {None}
+        words: list[str] = []
+        for number, directory in enumerate(sorted(map(str, closed))):
+            inside = [str(path) for path in paths if path.is_relative_to(directory)]
+            stage = str(self.directory / f"opened{number}")
+            words += ["unshare", "-m", "sh", "-ec", OPEN_PATHS, "sh", stage, directory]
+            words += [*inside, "--"]
+        return words
 
     def processes(self, program: str = "") -> list[int]:
         """PIDs, as the machine sees them, of the host's processes whose command begins so."""
