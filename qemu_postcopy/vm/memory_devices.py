@@ -1,8 +1,9 @@
 """Memory that was plugged in or out while the guest ran: how a restore is to be told of it.
 
 Step "describe" of a snapshot.  The command line of a QEMU says what it was started with; a DIMM
-that came later (`object-add`, `device_add`) is not on it, one that has gone still is.  QEMU is
-asked what there is now, and its command line is amended so that a QEMU started by it has the same
+that came later (`object-add`, `device_add`) is not on it, one that has gone still is.  One
+without an address gets the first place that is free, which need not be the one it has now.  QEMU
+is asked what there is, and its command line is amended so that a QEMU started by it has the same
 RAM blocks at the same guest addresses.  What cannot be described so is refused by name.  Asks by
 QMP; runs in the caller's event loop.
 
@@ -17,7 +18,14 @@ from typing import Any
 
 from qemu_postcopy.errors import MismatchError
 from qemu_postcopy.vm.monitor import CommandError, Monitor
-from qemu_postcopy.vm.spec import Argument, option_value, properties_of, split_arguments
+from qemu_postcopy.vm.spec import (
+    Argument,
+    bytes_of,
+    option_value,
+    properties_of,
+    split_arguments,
+    with_properties,
+)
 
 #: Properties of memory back-ends that say what kind of memory it is (backends/hostmem*.c), with
 #: the value that needs no word, as in QEMU 7.2 to 10.0; one that a back-end lacks is passed over.
@@ -39,6 +47,15 @@ BACKEND_PROPERTIES: dict[str, object] = {
 }
 
 
+#: Drivers of memory devices, with their type in query-memory-devices and the properties that say
+#: where in the guest they are, all settable (hw/mem/pc-dimm.c, hw/virtio/virtio-mem.c, -pmem.c).
+PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "pc-dimm": ("dimm", ("addr", "slot", "node")),
+    "nvdimm": ("nvdimm", ("addr", "slot", "node")),
+    "virtio-mem-pci": ("virtio-mem", ("memaddr",)),
+    "virtio-pmem-pci": ("virtio-pmem", ("memaddr",)),
+}
+
 #: Memory devices of this size are saved by every QEMU.
 SAVED_BYTES = 256 << 20
 
@@ -50,27 +67,40 @@ async def current_arguments(qmp: Monitor, argv: list[str]) -> list[str]:
         MismatchError: a memory device of a kind that cannot be described was plugged in, or one of
             the command line was taken away whose absence would move other devices.
     """
-    arguments = split_arguments(argv[1:])
-    described = {backend_of(argument) for argument in arguments if argument.name == "device"}
     devices = {_last(entry["data"].get("memdev", "")): entry for entry in await _devices(qmp)}
-    backends = {entry["id"] for entry in await qmp.memory_backends()}
+    sizes = {entry["id"]: entry["size"] for entry in await qmp.memory_backends()}
     words = [argv[0]]
-    for argument in arguments:
+    devices_described, backends_described = set(), set()
+    for argument in split_arguments(argv[1:]):
         properties = properties_of(argument.value)
         if argument.name == "device" and (memdev := backend_of(argument)):
-            if memdev not in devices:
+            driver = _kind(properties, "driver")
+            kind, _ = PLACES.get(driver, ("", ()))
+            entry = devices.get(memdev)
+            if entry is not None and entry["type"] == kind:
+                assert argument.value is not None
+                devices_described.add(memdev)
+                words += [argument.text, with_properties(argument.value, _place(entry, driver))]
+                continue
+            if kind or memdev not in sizes:
                 _require_movable(argument, properties)
                 continue
-        elif (
-            argument.name == "object"
-            and str(properties.get("", properties.get("qom-type"))).startswith("memory-backend-")
-            and properties.get("id") not in backends
-        ):
-            continue
+            devices_described.add(memdev)  # no memory device (ivshmem-plain), or none with a place
+        elif argument.name == "object" and _is_backend(properties):
+            backend = str(properties.get("id"))
+            if backend not in sizes:
+                continue
+            backends_described.add(backend)
+            if _came_again(properties, sizes[backend], devices.get(backend)):
+                words += [argument.text, await _backend(qmp, backend)]
+                continue
         words += argument.words()
     for memdev, entry in devices.items():
-        if memdev not in described:
-            words += await _plugged(qmp, entry, memdev)
+        if memdev and memdev not in devices_described:
+            device = _plugged(entry, memdev)
+            if memdev not in backends_described:
+                words += ["-object", await _backend(qmp, memdev)]
+            words += ["-device", device]
     return words
 
 
@@ -102,6 +132,33 @@ def backend_of(argument: Argument) -> str:
     return _last(memdev) if isinstance(memdev, str) else ""
 
 
+def _kind(properties: Mapping[str, object], name: str) -> str:
+    """What kind of device or object an argument makes; ``name``: the property's, in JSON."""
+    return str(properties.get("", properties.get(name, "")))
+
+
+def _is_backend(properties: Mapping[str, object]) -> bool:
+    return _kind(properties, "qom-type").startswith("memory-backend-")
+
+
+def _came_again(
+    properties: Mapping[str, object], size_bytes: int, entry: Mapping[str, Any] | None
+) -> bool:
+    """Whether a back-end of the command line may have been made anew, under its id."""
+    said = bytes_of(properties.get("size"))
+    if said is not None and said != size_bytes:
+        return True
+    # Its DIMM was plugged in while the guest ran.
+    return entry is not None and bool(entry["data"].get("hotplugged"))
+
+
+def _place(entry: Mapping[str, Any], driver: str) -> dict[str, object]:
+    """Where in the guest a memory device is, and its name: two may have swapped theirs."""
+    data = entry["data"]
+    _, names = PLACES[driver]
+    return {name: data[name] for name in ("id", *names) if data.get(name) is not None}
+
+
 def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
@@ -115,31 +172,27 @@ async def _devices(qmp: Monitor) -> list[Mapping[str, Any]]:
 
 
 def _require_movable(argument: Argument, properties: Mapping[str, Any]) -> None:
-    kind = properties.get("", properties.get("driver", ""))
+    driver = _kind(properties, "driver")
     # Devices on a bus get their places in the order of the command line.
-    if kind not in ("pc-dimm", "nvdimm") and "addr" not in properties:
+    if driver not in ("pc-dimm", "nvdimm") and "addr" not in properties:
         raise MismatchError(
-            f"memory device {properties.get('id', kind)} was unplugged from this guest, and "
+            f"memory device {properties.get('id', driver)} was unplugged from this guest, and "
             "without it the devices after it would get other places",
             hint="give devices an address (addr=) when the guest is started, or plug it in again",
         )
 
 
-async def _plugged(qmp: Monitor, entry: Mapping[str, Any], memdev: str) -> list[str]:
-    """The arguments that bring back a DIMM that was plugged in."""
-    data = entry["data"]
-    name = data.get("id") or memdev
+def _plugged(entry: Mapping[str, Any], memdev: str) -> str:
+    """The value of `-device` that brings back a DIMM that was plugged in."""
     if entry["type"] != "dimm":
+        name = entry["data"].get("id") or memdev
         raise MismatchError(
             f"memory device {name} ({entry['type']}) was plugged in while the guest ran: a restore "
             "cannot be told how",
             hint="unplug it before the snapshot, or start the guest with it on its command line",
         )
-    parts = ["pc-dimm", f"memdev={option_value(memdev)}"]
-    if data.get("id"):
-        parts.append(f"id={option_value(data['id'])}")
-    parts += [f"addr={data['addr']:#x}", f"slot={data['slot']}", f"node={data['node']}"]
-    return ["-object", await _backend(qmp, memdev), "-device", ",".join(parts)]
+    device = f"pc-dimm,memdev={option_value(memdev)}"
+    return with_properties(device, _place(entry, "pc-dimm"))
 
 
 async def _backend(qmp: Monitor, memdev: str) -> str:

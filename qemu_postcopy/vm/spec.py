@@ -7,6 +7,7 @@ read from /proc/PID/cmdline or from an image further than its syntax.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -191,6 +192,8 @@ FLAGS = frozenset(
     ]
 )
 MACHINE_OPTIONS = frozenset(["machine", "M"])
+SIZE = re.compile(r"(\d+)([BKMGTPE]?)")
+SHIFTS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,23 @@ def properties_of(value: str | None) -> Mapping[str, object]:
     except ValueError:
         return {}
     return properties if isinstance(properties, dict) else {}
+
+
+def with_properties(value: str, changes: Mapping[str, object]) -> str:
+    """A device or object with these properties instead of its own, in the notation it has."""
+    if value.startswith("{"):
+        return json.dumps({**properties_of(value), **changes})
+    parts = [part for part in _option_list(value) if part.partition("=")[0] not in changes]
+    parts += [f"{name}={changed}" for name, changed in changes.items()]
+    return ",".join(option_value(part) for part in parts)
+
+
+def bytes_of(size: object) -> int | None:
+    """A size as QEMU takes it in either notation, `128M` or a number; None for other spellings."""
+    if isinstance(size, int):
+        return size
+    match = SIZE.fullmatch(str(size).upper())
+    return int(match[1]) << SHIFTS[match[2]] if match else None
 
 
 def _without_prealloc(value: str) -> str:
