@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +18,9 @@ from qemu_postcopy.errors import AttachError
 from qemu_postcopy.image.manifest import Block
 from qemu_postcopy.vm.layout import ListedBlock, RamBlock, describe_block
 from qemu_postcopy.vm.process import Mapping, ProcessIdentity
+from qemu_postcopy.vm.spec import bytes_of
 
 KINDS = ("memory-backend-ram", "memory-backend-memfd", "memory-backend-file")
-_SIZE = re.compile(r"(\d+)([KMGT]?)")
-_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def backends_of(command_line: Sequence[str]) -> list[Backend]:
         values = _properties(text)
         if values.get("qom-type") not in KINDS:
             continue
-        size = _size(values.get("size"))
+        size = bytes_of(values.get("size"))
         if size is None:
             raise AttachError(
                 f"the size of memory back-end {values.get('id')} is not understood: {text}",
@@ -68,13 +66,6 @@ def _properties(text: str) -> dict[str, object]:
     return {"qom-type": kind, **dict(part.partition("=")[::2] for part in rest)}
 
 
-def _size(value: object) -> int | None:
-    if isinstance(value, int):
-        return value
-    match = _SIZE.fullmatch(str(value).upper())
-    return int(match[1]) << _SHIFTS[match[2]] if match else None
-
-
 def presume_layout(identity: ProcessIdentity, wanted: Sequence[Block]) -> list[RamBlock]:
     """The blocks of an image as they seem to lie in QEMU.
 
@@ -89,6 +80,13 @@ def presume_layout(identity: ProcessIdentity, wanted: Sequence[Block]) -> list[R
     blocks = []
     for block in wanted:
         backend = backends.get(block.name.removeprefix("/objects/"))
+        if backend is None and block.name.rpartition("/")[2] in backends:
+            raise AttachError(
+                f"memory {block.name} is behind a device on a bus, such as virtio-mem, and is not "
+                "paged in domains of libvirt",
+                hint="restore this guest eagerly, by virsh restore",
+                block=block.name,
+            )
         if backend is None or backend.size_bytes != block.size_bytes:
             have = ", ".join(f"{b.backend_id} {b.size_bytes >> 20} MiB" for b in backends.values())
             raise AttachError(
