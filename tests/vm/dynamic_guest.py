@@ -96,13 +96,13 @@ def resize(guest: Guest, device: str, size_mib: int) -> None:
     )
 
 
-def plug_dimm(guest: Guest, number: int, kind: MemoryKind) -> None:
+def plug_dimm(guest: Guest, number: int, kind: MemoryKind, size_mib: int = DIMM_MIB) -> None:
     """DIMM `dimmN` of memory `dN`."""
     guest.ask(
         "object-add",
         **{"qom-type": "memory-backend-ram" if kind == "anonymous" else "memory-backend-memfd"},
         id=f"d{number}",
-        size=DIMM_MIB * MIB,
+        size=size_mib * MIB,
         share=kind != "anonymous",
     )
     guest.ask("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"d{number}")
@@ -156,6 +156,16 @@ def given_back(guest: Guest, name: str) -> set[int]:
     with Ledger.open(guest.directory / "ledger") as ledger:
         (block,) = (block.name for block in ledger.blocks if block.name.endswith(name))
         return set(ledger.pages_in(block, REMOVED))
+
+
+def contents(guest: Guest, device: str, directory: Path) -> bytes:
+    """What the guest sees where that DIMM is."""
+    data = memory_devices(guest)[device]
+    dumped = directory / "dimm"
+    guest.ask("pmemsave", val=data["addr"], size=data["size"], filename=str(dumped))
+    saved = dumped.read_bytes()
+    dumped.unlink()
+    return saved
 
 
 def check_given_back(

@@ -17,6 +17,7 @@ from vm.dynamic_guest import (
     boot,
     check_given_back,
     complete,
+    contents,
     given_back,
     kill_and_recover,
     memory_devices,
@@ -160,6 +161,43 @@ def test_dimms_are_plugged_saved_restored_and_unplugged(
     goes_on_from(guest, second)
     assert list(memory_devices(guest)) == ["dimm1"]
     unplug_dimm(guest, 1)
+    complete(guest)
+    guest.console.wait_passes(1)
+
+
+@pytest.mark.parametrize(
+    "remade",
+    [
+        pytest.param(False, id="gone"),
+        pytest.param(True, id="plugged in anew and larger", marks=pytest.mark.soak),
+    ],
+)
+def test_dimm_is_restored_where_it_was_whatever_became_of_the_one_before_it(
+    remade: bool, qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
+) -> None:
+    dimms: list[str] = []
+    for number in range(2):
+        dimms += ["-object", lab.memory("memfd", DIMM_MIB * MIB, f"d{number}").option()]
+        dimms += ["-device", f"pc-dimm,id=dimm{number},memdev=d{number}"]
+    booted = boot(lab, guest_image, qemu_binary, "memfd", *dimms, words=f"qpc.memory={BASE_MIB}")
+    unplug_dimm(booted, 0)
+    if remade:
+        # Too large for the place that it had.  Of another kind too: QEMU 10 keeps the file of a
+        # memfd back-end that is gone, and takes it again for the next one of that id.
+        plug_dimm(booted, 0, "anonymous", 2 * DIMM_MIB)
+        booted.console.wait_passes(1)
+    snapshot = take_snapshot(booted, run_dir / "image", qemu_binary, "memfd")
+    there = {name: {**data, "hotplugged": False} for name, data in memory_devices(booted).items()}
+    assert set(there) == ({"dimm0", "dimm1"} if remade else {"dimm1"})
+    held = contents(booted, "dimm1", run_dir)
+    assert len(patterned(snapshot, "d1")) > PAGES_PER_MIB
+    booted.kill()
+
+    guest = lab.restore(snapshot, "--paused", "--no-background")
+    assert memory_devices(guest) == there
+    assert contents(guest, "dimm1", run_dir) == held
+    guest.ask("cont")
+    goes_on_from(guest, snapshot)
     complete(guest)
     guest.console.wait_passes(1)
 
