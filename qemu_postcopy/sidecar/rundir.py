@@ -29,13 +29,13 @@ from qemu_postcopy.errors import (
 
 #: Recorded while a VMM is waited for: there is no guest yet, and no session.
 LISTENING = "listening"
-#: More than a thousand blocks and threads need.
+#: No record is longer: more than a thousand blocks and threads need, and most that is read.
 RECORD_BYTES_MAX = 16 << 20
 #: Recorded where nobody is served any more.
 ENDS = ("detached", "failed", "gone")
 #: What a monitor's address begins with where libvirt runs the guest.
 LIBVIRT = "libvirt:"
-#: More than a record with many blocks and threads has.
+#: Set aside on the disk for the next record: more than that of most guests needs.
 RECORD_BYTES = 64 << 10
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
@@ -86,7 +86,8 @@ class SessionRecord:
     owned: bool = False
     #: the monitor by which the guest can be asked and continued: a socket, or libvirt:URI#UUID
     qmp: str = ""
-    #: whether QEMU has not confirmed yet where its memory lies (restores through libvirt)
+    #: whether QEMU had not confirmed yet where its memory lies (restores through libvirt, and
+    #: launches through the gate, whose record is not written anew when it has)
     presumed: bool = False
     #: whether the guest was to stay stopped after its state was loaded
     paused: bool = False
@@ -214,16 +215,19 @@ class RunDirectory:
         return directory
 
     def _take_lock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
+        self.release()
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.release()
             raise StateError(
                 f"a guest named {self.name} is being restored or served",
                 hint="choose another name by --name, or see: qemu-postcopy status",
             ) from None
+        if not self._is_ours():  # it was opened before whoever had the lock replaced it
+            self.release()
+            raise StateError(f"{self.name} was removed or replaced just now", hint="try again")
 
     def lock(self) -> None:
         """Makes this process the one that serves the guest.
@@ -247,11 +251,15 @@ class RunDirectory:
         except OSError:
             return False
 
-    def wait_unserved(self) -> None:
-        """Returns when nobody restores or serves the guest; this process then has the lock."""
+    def wait_unserved(self) -> bool:
+        """Returns when nobody restores or serves the guest; this process then has the lock.
+
+        False where the directory was removed or replaced meanwhile: that guest is no more.
+        """
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         self._lock = descriptor
+        return self._is_ours()
 
     def is_served(self) -> bool:
         """Whether a process holds the lock now."""

@@ -30,11 +30,14 @@ SOON_SECONDS = 5.0
 
 
 def supervise(run: RunDirectory, said: Callable[[str], None] = log.warning) -> None:
-    """Returns when the guest needs no sidecar any more: it has all of its memory, or has ended."""
+    """Returns when the guest needs no sidecar any more: it has all of its memory, or has ended, or
+    its directory is another guest's now."""
     pause = FIRST_PAUSE_SECONDS
     failures = 0
     while True:
-        run.wait_unserved()
+        if not run.wait_unserved():
+            run.release()
+            return
         record = run.read_record(missing_ok=True)
         run.release()
         if record is None or not needs_sidecar(run, record):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from qemu_postcopy.sidecar.rundir import (
     base_directory,
     list_directories,
 )
+from qemu_postcopy.sidecar.supervisor import supervise
 from qemu_postcopy.vm.process import ProcessIdentity
 
 NOBODY = 65534
@@ -164,3 +167,56 @@ def test_record_is_readable_by_scripts(base: Path) -> None:
     run = RunDirectory.create("vm", base)
     run.write_record(SessionRecord("/image", "running", pid=7))
     assert json.loads((run.path / "session.json").read_text())["pid"] == 7
+
+
+@pytest.fixture
+def replaced(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RunDirectory]]:
+    """The next lock is had when another process has just restored under the same name."""
+    flock, others = fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        others.append(RunDirectory.create("vm", base))
+        others[0].write_record(record_of_this_process("serving"))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    yield others
+    for other in others:
+        other.release()
+
+
+@pytest.mark.parametrize("how", ["create", "lock"])
+def test_lock_of_a_directory_that_was_replaced_is_none(
+    how: str, base: Path, replaced: list[RunDirectory]
+) -> None:
+    path = base / "vm"
+    path.mkdir(mode=0o700, parents=True)
+    base.chmod(0o700)
+    with pytest.raises(StateError, match="removed or replaced"):
+        RunDirectory.create("vm", base) if how == "create" else RunDirectory(path).lock()
+    (other,) = replaced
+    assert other.read_record() is not None
+    assert other.is_served()
+
+
+def test_lock_that_is_refused_is_not_kept_open(base: Path) -> None:
+    run = RunDirectory.create("vm", base)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(StateError, match="is being restored or served"):
+            RunDirectory(run.path).lock()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_supervisor_of_a_directory_that_was_replaced_leaves_the_next_guest_alone(
+    base: Path, replaced: list[RunDirectory]
+) -> None:
+    path = base / "vm"
+    path.mkdir(mode=0o700, parents=True)
+    base.chmod(0o700)
+    said: list[str] = []
+    supervise(RunDirectory(path), said.append)
+    (other,) = replaced
+    assert said == []
+    assert not other.supervisor_notes.exists()
