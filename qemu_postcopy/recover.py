@@ -200,13 +200,19 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
 
 def owner_of(monitor: Path) -> int:
     """The PID of the QEMU that was started with this monitor, or 0: its sidecar died before it had
-    noted that."""
+    noted that.  Others have it among their arguments too: a wrapper, a tracer."""
+    from qemu_postcopy.vm.process import is_qemu
+
     wanted = f"path={str(monitor.resolve()).replace(',', ',,')},".encode()
     for entry in os.scandir("/proc"):
         with suppress(OSError):
-            if entry.name.isdigit() and any(
-                wanted in argument
-                for argument in Path(entry.path, "cmdline").read_bytes().split(b"\0")
+            if (
+                entry.name.isdigit()
+                and any(
+                    wanted in argument
+                    for argument in Path(entry.path, "cmdline").read_bytes().split(b"\0")
+                )
+                and is_qemu(str(Path(entry.path, "exe").readlink()))
             ):
                 return int(entry.name)
     return 0
@@ -219,6 +225,8 @@ def _leave_without_guest(record: SessionRecord) -> None:
     from qemu_postcopy.vm.process import ProcessIdentity
 
     with ProcessIdentity.open(record.pid, record.start_time or None) as identity:
+        if not record.start_time:
+            identity.require_qemu()  # it was looked for, and the PID may be another's by now
         if record.owned:
             identity.kill()
             return

@@ -106,6 +106,11 @@ def start_time_of(pid: int) -> int:
     return int(text[text.rindex(b")") + 2 :].split()[19])
 
 
+def is_qemu(exe: str) -> bool:
+    """Whether a program is a QEMU by its name."""
+    return Path(exe).name.startswith("qemu-")
+
+
 class ProcessIdentity:
     """One process, held by a pidfd.  Usable as a context manager, which closes the pidfd.
 
@@ -195,8 +200,9 @@ class ProcessIdentity:
 
     def require_qemu(self) -> None:
         """AttachError unless the program is a QEMU by its name."""
-        name = Path(self.exe().removesuffix(" (deleted)")).name
-        if not name.startswith("qemu-"):
+        exe = self.exe()
+        if not is_qemu(exe):
+            name = Path(exe.removesuffix(" (deleted)")).name
             raise AttachError(
                 f"process {self.pid} is no QEMU: it runs {name!r}",
                 hint="Give the PID of a qemu-system process, or its QMP socket.",
