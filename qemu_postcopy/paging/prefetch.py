@@ -62,9 +62,8 @@ class WorkingSet:
     @classmethod
     def read(cls, key: str) -> WorkingSet | None:
         """What is known of that image; None where nothing is, or the file is not usable."""
-        path = cls._path(key)
         try:
-            with path.open("rb") as file:
+            with cls._path(key).open("rb") as file:
                 document = json.loads(file.read(FILE_BYTES_MAX))
             if (document["format"], document["version"]) != (FORMAT, FORMAT_VERSION):
                 raise ValueError("another format")
@@ -72,8 +71,12 @@ class WorkingSet:
             places = tuple((str(names[index]), int(offset)) for index, offset in document["pages"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            log.warning("the working set %s is not used: %s", path, error)
+        # OverflowError: a number that is none; RuntimeError: Path.home, where there is no such
+        # user, or (RecursionError) the file nests too deeply.
+        except (
+            OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError
+        ) as error:  # fmt: skip
+            log.warning("the working set of image %s is not used: %r", key, error)
             return None
         return cls(key, places)
 
@@ -105,8 +108,8 @@ class WorkingSet:
             "blocks": names,
             "pages": [(index[name], offset) for name, offset in self.places],
         }
-        path = self._path(self.key)
         try:
+            path = self._path(self.key)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
             try:
@@ -117,8 +120,8 @@ class WorkingSet:
                 Path(temporary).unlink(missing_ok=True)
                 raise
             _forget_oldest(path.parent)
-        except OSError as error:
-            log.warning("the working set %s cannot be kept: %s", path, error)
+        except (OSError, RuntimeError) as error:
+            log.warning("the working set of image %s cannot be kept: %s", self.key, error)
 
     def pages(self, blocks: Sequence[PagerBlock]) -> list[tuple[int, int]]:
         """Indices of block and page, for :meth:`Pager.prefetch`, at most BYTES_MAX of memory.

@@ -51,6 +51,7 @@ GOOD = {"format": prefetch.FORMAT, "version": 1, "blocks": ["m0"], "pages": [[0,
         json.dumps({**GOOD, "pages": [[0]]}),
         json.dumps({**GOOD, "pages": [[0, "x"]]}),
         json.dumps({**GOOD, "pages": 7}),
+        json.dumps({**GOOD, "pages": [[0, 1e400]]}),
         json.dumps({**GOOD, "blocks": None}),
     ],
 )
@@ -64,6 +65,21 @@ def test_a_directory_that_cannot_be_written_costs_nothing_else(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.write_text("in the way")
+    WorkingSet(KEY, PLACES).write()
+    assert "cannot be kept" in caplog.text
+
+
+def test_a_user_without_a_home_has_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("QEMU_POSTCOPY_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert WorkingSet.read(KEY) is None
     WorkingSet(KEY, PLACES).write()
     assert "cannot be kept" in caplog.text
 
