@@ -229,7 +229,10 @@ class Session:
         self._asked_async: bool | None = None
         # QEMU let it run by itself, when its state was loaded.
         self._runs = False
-        # Taken over, and not known yet whether there is a guest: then it counts as one.
+        # Whether it may do so: not with -S.  What somebody else has started may be without.
+        self._runs_by_itself = True
+        # Taken over, or the last of its state is given to QEMU, and not known yet whether there is
+        # a guest: then it counts as one.
         self._unsettled = False
         self._owned_before = False
         #: where QEMU's monitor is, as :func:`qemu_postcopy.vm.monitor.connect` takes it
@@ -278,12 +281,14 @@ class Session:
             self._cleanup.callback(self._gate.close)
             argv = self._gate.put_into(argv)
             passed.append(self._gate.reader)
+        self._runs_by_itself = "-S" not in argv
         self._prepare()
+        # Before there is a QEMU that nobody would know of; the time says that it is our own.
         self.launched_ns = time.monotonic_ns()
-        self._try_record()  # before there is a QEMU that nobody would know of
+        self._try_record()
         taking: asyncio.Future[None] | None = None
         too_late = threading.Event()
-        self.launched_ns = time.monotonic_ns()
+        self.launched_ns = time.monotonic_ns()  # writing takes a while, and QEMU starts now
         try:
             self._owned = launch(
                 argv, self.run.path, pass_descriptors=passed, environment=way.environment()
@@ -578,6 +583,10 @@ class Session:
         self._enter(State.LOADED)
         self._unsettled = False
         if record.state not in GUEST_STATES:
+            if record.owned:
+                # It was given the end of its state only after it had said where its memory is; the
+                # record may be older than that.  The guest may run: it is asked nothing any more.
+                self._presumed = False
             await self.confirm()
             if not self.options.paused:
                 return True
@@ -585,12 +594,19 @@ class Session:
         return False
 
     async def _require_alive_still(self) -> None:
-        """TargetGoneError if QEMU is about to end: it closes its monitor a moment before."""
+        """TargetGoneError if QEMU is about to end."""
         assert self.identity is not None
-        with contextlib.suppress(TimeoutError):
+        await self._ends()
+        self.identity.require_alive()
+
+    async def _ends(self) -> bool:
+        """Whether QEMU has ended, or is about to: it closes its monitor a moment before."""
+        try:
             async with asyncio.timeout(MONITOR_SECONDS):
                 await self.wait_gone()
-        self.identity.require_alive()
+        except TimeoutError:
+            return False
+        return True
 
     async def begin_to_load(self) -> None:
         """Lets QEMU load what it can before its answers are looked at: it waits for that.
@@ -629,17 +645,42 @@ class Session:
                 await self._load_through(self._gate)
             else:
                 assert self._qmp is not None
-                self._runs = await migration.load(self._qmp, self._device_state)
+                await self._finish(
+                    migration.load(self._qmp, self._device_state, self._may_run_from_now)
+                )
         except (AttachError, MismatchError, HostError):
             raise
         except PostcopyError as error:
             reason = "it ended" if isinstance(error, LaunchError) else error.message
+            if trouble := self.trouble():
+                reason += f" ({trouble})"
             output = self._owned.output() if self._owned else ""
             raise MismatchError(
                 f"QEMU could not load the device state: {reason}\n{output}".rstrip(),
                 hint="the devices on its command line must be those of the snapshot",
             ) from error
         self._enter(State.LOADED)
+        self._unsettled = False
+
+    def _may_run_from_now(self) -> None:
+        """QEMU is about to have all that it needs to let the guest run without being told."""
+        self._unsettled = self._runs_by_itself
+
+    async def _finish(self, loading: Awaitable[bool]) -> None:
+        """Waits for the end of a load.  Where that fails there is no guest only if QEMU says so, or
+        has ended: otherwise the guest may run."""
+        from qemu_postcopy.vm.migration import NotLoadedError
+        from qemu_postcopy.vm.monitor import CommandError
+
+        try:
+            self._runs = await loading
+        except (NotLoadedError, CommandError):
+            self._unsettled = False
+            raise
+        except PostcopyError:
+            if self._unsettled and await self._ends():
+                self._unsettled = False
+            raise
 
     async def load_by(self, feed: Callable[[int], Awaitable[None]]) -> None:
         """Lets somebody else see to it that QEMU loads the stream behind a descriptor.
@@ -696,13 +737,15 @@ class Session:
             self._try_record()
             if self._presumed:
                 await self._confirm_foreseen()
-            await letting_in
+            await migration.in_time(letting_in)
         finally:
             letting_in.cancel()
             await asyncio.wait({letting_in})
         assert self._qmp is not None
-        self._runs = await migration.load_through(
-            self._qmp, gate, self._device_state, self._held_from
+        await self._finish(
+            migration.load_through(
+                self._qmp, gate, self._device_state, self._held_from, self._may_run_from_now
+            )
         )
 
     async def _confirm_foreseen(self) -> None:
@@ -945,7 +988,8 @@ class Session:
     def trouble(self) -> str:
         """Why faults wait, in words, or an empty string while all is well."""
         trouble = self.accounts.trouble() if self.accounts is not None else ""
-        if not trouble and self._failure is not None and self.state is State.LOADED:
+        stands = self.state in (State.SERVING, State.LOADED)
+        if not trouble and self._failure is not None and stands:
             trouble = f"{self._failure.message}; {self._failure.hint}"
         return trouble
 
@@ -1101,7 +1145,8 @@ class Session:
             blocks,
             self._ledger,
             chunk_size=options.chunk_size or self.image.manifest.chunk_size_bytes,
-            # Nothing is filled ahead before the guest runs: loading the device state comes first.
+            # But for the working set nothing is filled that nobody waits for before the guest runs:
+            # loading the device state comes first.
             background=False,
             background_rate=options.background_rate,
             spin_limit_us=DEFAULT_SPIN_LIMIT_US if spin is None else spin,

@@ -60,6 +60,10 @@ class DiskHeldError(MismatchError):
     """Another process holds a disk: the state is loaded, and the guest has not run."""
 
 
+class NotLoadedError(QmpError):
+    """QEMU says that it has not loaded the state: the guest has not run, and will not."""
+
+
 def lock_report(output: str) -> str:
     """What QEMU wrote of a lock that it did not get, and of which file; empty: nothing."""
     lines = output.splitlines()
@@ -82,18 +86,23 @@ def _status(event: Message) -> str:
     return status
 
 
-async def load(qmp: Monitor, descriptor: int) -> bool:
+async def load(qmp: Monitor, descriptor: int, begins: Callable[[], None]) -> bool:
     """Makes a QEMU in ``-incoming defer`` load the stream behind ``descriptor`` (stays open here).
 
     Returns whether the guest is known to run: without -S QEMU lets it, and then may answer no
     question any more, because the guest waits for a page under QEMU's lock.
 
+    Args:
+        begins: called when QEMU is about to get all that it needs to let the guest run.
+
     Raises:
-        QmpError: QEMU refused the stream; with QEMU's words where it gave any.  It usually has
-            ended then.
+        NotLoadedError: QEMU refused the stream.  It usually has ended then.
+        CommandError: QEMU refused to load at all.
+        QmpError: it is not known what became of it.
     """
     # Sent at once, answered in order. The capability stays on: QEMU then reports its migrations.
     with qmp.listen("MIGRATION", "RESUME") as listener:
+        begins()
         await asyncio.gather(
             qmp.execute(*EVENTS_QUESTION),
             qmp.send_descriptor(DESCRIPTOR_NAME, descriptor),
@@ -102,7 +111,9 @@ async def load(qmp: Monitor, descriptor: int) -> bool:
         return await _loaded(listener)
 
 
-async def load_through(qmp: Monitor, gate: Gate, descriptor: int, begin: int) -> bool:
+async def load_through(
+    qmp: Monitor, gate: Gate, descriptor: int, begin: int, begins: Callable[[], None]
+) -> bool:
     """The same for a QEMU whose stream waits behind a gate: lets in what is behind ``begin``.
 
     Returns and raises as :func:`load`.
@@ -110,9 +121,22 @@ async def load_through(qmp: Monitor, gate: Gate, descriptor: int, begin: int) ->
     # QEMU tells by itself: to be asked now would keep it from the guest's first steps.
     await qmp.execute(*EVENTS_QUESTION)
     with qmp.listen("MIGRATION", "RESUME") as listener:
-        await gate.let_in(descriptor, begin, os.fstat(descriptor).st_size)
+        begins()
+        await in_time(gate.let_in(descriptor, begin, os.fstat(descriptor).st_size))
         gate.close()
         return await _loaded(listener)
+
+
+async def in_time(letting_in: Awaitable[None]) -> None:
+    """Raises QmpError where QEMU does not take what it is given."""
+    try:
+        async with asyncio.timeout(LOAD_SECONDS):
+            await letting_in
+    except TimeoutError:
+        raise QmpError(
+            f"QEMU did not take its device state within {LOAD_SECONDS:g} seconds",
+            hint="its log, and the sidecar's, say why; a page that cannot be had holds it up",
+        ) from None
 
 
 async def _loaded(listener: EventListener) -> bool:
@@ -124,7 +148,7 @@ async def _loaded(listener: EventListener) -> bool:
     if event["event"] == "RESUME":
         return True
     if _status(event) != "completed":
-        raise QmpError("QEMU failed to load the device state", hint="its log says why")
+        raise NotLoadedError("QEMU failed to load the device state", hint="its log says why")
     return False
 
 

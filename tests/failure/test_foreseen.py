@@ -20,14 +20,17 @@ from vm.guests import (
     cli_command,
     ends_within,
     goes_on_from,
+    wait_until,
 )
 
 from qemu_postcopy.errors import AttachError, TargetGoneError
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.recover import owner_of
+from qemu_postcopy.recover import recover as take_over
 from qemu_postcopy.restore import RestoreOptions, restore
 from qemu_postcopy.session import State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.vm import refusals
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.qmp import Qmp
 
@@ -134,5 +137,64 @@ def test_killed_right_after_the_end(lab: Lab, snapshot: Snapshot) -> None:
     recover(guest)
     guest.wait_sidecar_gone()
     assert guest.registered_ranges() == 0
+    goes_on_from(guest, snapshot)
+    guest.console.wait_passes(2)
+
+
+def test_a_guest_that_may_run_is_not_asked_whether_it_might(
+    lab: Lab, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record was written before QEMU had confirmed where its memory is; it did so before it got
+    the end of its state.  Whoever takes over refuses nothing any more."""
+    stopped = StoppedRestore(
+        "before:Gate.close", lab, "restore", "--foreground", "--name", "r", snapshot.image
+    )
+    stopped.kill()
+    guest = guest_of_record(lab, "r")
+    run = RunDirectory.find("r")
+    record = run.read_record()
+    assert record is not None and record.presumed
+
+    async def something(_: object) -> list[str]:
+        return ["for a reason of today's"]
+
+    monkeypatch.setattr(refusals, "refusals", something)
+    asyncio.run(take_over(run))
+    assert guest.registered_ranges() == 0
+    goes_on_from(guest, snapshot)
+    guest.console.wait_passes(2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_right_after_the_end(
+    number: signal.Signals, lab: Lab, snapshot: Snapshot
+) -> None:
+    """QEMU lets the guest run by itself as soon as it has the end: the guest may run, though nobody
+    has said so yet.  All of its memory is filled, and it goes on alone."""
+    stopped = StoppedRestore(
+        "before:Gate.close", lab, "restore", "--foreground", "--name", "r", "--no-background",
+        snapshot.image,
+    )  # fmt: skip
+    guest = guest_of_record(lab, "r")
+    stopped.process.send_signal(number)
+    stopped.process.send_signal(signal.SIGCONT)
+    _, said = stopped.process.communicate(timeout=60)
+    assert stopped.process.returncode == 0, said
+    assert "filling the rest" in said
+    assert guest.registered_ranges() == 0
+    goes_on_from(guest, snapshot)
+    guest.console.wait_passes(2)
+
+
+def test_asked_to_serve_in_the_background_right_after_the_end(lab: Lab, snapshot: Snapshot) -> None:
+    stopped = StoppedRestore(
+        "before:Gate.close", lab, "restore", "--foreground", "--name", "r", snapshot.image
+    )
+    guest = guest_of_record(lab, "r")
+    stopped.process.send_signal(signal.SIGQUIT)
+    stopped.process.send_signal(signal.SIGCONT)
+    _, said = stopped.process.communicate(timeout=60)
+    assert stopped.process.returncode == 0, said
+    wait_until(lambda: guest.registered_ranges() == 0, "it has all of its memory")
     goes_on_from(guest, snapshot)
     guest.console.wait_passes(2)
