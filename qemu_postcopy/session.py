@@ -682,15 +682,27 @@ class Session:
                 self._unsettled = False
             raise
 
-    async def load_by(self, feed: Callable[[int], Awaitable[None]]) -> None:
+    async def load_by(
+        self, feed: Callable[[int], Awaitable[None]], *, may_run: bool = False
+    ) -> None:
         """Lets somebody else see to it that QEMU loads the stream behind a descriptor.
 
-        Raises whatever ``feed`` raises.
+        Args:
+            may_run: others let the guest run as soon as it is loaded, and a ``feed`` that is
+                cancelled may go on: from its begin on it counts as a guest.
+
+        Raises whatever ``feed`` raises: then QEMU has not got all of it.
         """
         self._require(State.LOADED)
         self._load_begun = True
-        await feed(self._device_state)
+        self._unsettled = may_run
+        try:
+            await feed(self._device_state)
+        except PostcopyError:
+            self._unsettled = False
+            raise
         self._enter(State.LOADED)
+        self._unsettled = False
 
     async def confirm(self) -> None:
         """Asks QEMU whether its memory lies where it was presumed, and whether it can be paged.

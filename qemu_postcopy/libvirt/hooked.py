@@ -79,7 +79,9 @@ async def restore_hooked(
             session.attach()
             session.serve()
             await control.start()
-            await session.load_by(lambda descriptor: asyncio.to_thread(offer.feed, descriptor))
+            await session.load_by(
+                lambda descriptor: asyncio.to_thread(offer.feed, descriptor), may_run=True
+            )
             await confirm(session)
             session.is_let_run_by_others()
             await serve_to_the_end(session)

@@ -11,10 +11,14 @@ from typing import Any, cast
 
 import pytest
 
-from qemu_postcopy.errors import StateError
+from qemu_postcopy.errors import QmpError, StateError, TargetGoneError
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.session import ENTRANCES, Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.vm import migration
+from qemu_postcopy.vm.gate import Gate
+from qemu_postcopy.vm.migration import NotLoadedError
+from qemu_postcopy.vm.monitor import CommandError
 
 #: Each step, and the state that it leads to.
 STEPS: dict[str, tuple[Callable[[Session], Any], State]] = {
@@ -108,3 +112,78 @@ def test_closed_without_a_guest_is_on_record_as_failed(session: Session) -> None
     record = session.run.read_record()
     assert record is not None
     assert record.state == "failed"
+
+
+@pytest.mark.parametrize("may_run", [True, False])
+def test_a_guest_that_others_let_run_counts_from_the_begin_of_its_load(
+    may_run: bool, session: Session
+) -> None:
+    """Who feeds it may go on when told to stop, and its memory must not be let go then."""
+    session.state = State.SERVING
+
+    async def feed(_: int) -> None:
+        assert session.has_guest() is may_run
+        raise TargetGoneError("QEMU does not load its state")
+
+    with pytest.raises(TargetGoneError):
+        asyncio.run(session.load_by(feed, may_run=may_run))
+    assert not session.has_guest()
+
+    async def stop(_: int) -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(session.load_by(stop, may_run=may_run))
+    assert session.has_guest() is may_run
+    asyncio.run(session.close())
+    assert (session.state is State.FAILED) is not may_run
+
+
+@pytest.mark.parametrize(
+    ("error", "ended", "counts"),
+    [
+        (NotLoadedError("failed"), False, False),
+        (CommandError("migrate-incoming", "GenericError", "no"), False, False),
+        (QmpError("its monitor is gone"), False, True),
+        (QmpError("its monitor is gone"), True, False),
+        (asyncio.CancelledError(), False, True),
+    ],
+)
+def test_what_fails_after_the_end_was_given(
+    error: BaseException,
+    ended: bool,
+    counts: bool,
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no guest only if QEMU says so, or has ended."""
+
+    async def ends() -> bool:
+        return ended
+
+    async def loading() -> bool:
+        session._may_run_from_now()
+        assert session.has_guest()
+        raise error
+
+    session.state = State.SERVING
+    monkeypatch.setattr(session, "_ends", ends)
+    with pytest.raises(type(error)):
+        asyncio.run(session._finish(loading()))
+    assert session.has_guest() is counts
+
+
+def test_qemu_that_does_not_take_its_state_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migration, "LOAD_SECONDS", 0.05)
+    state = tmp_path / "state"
+    state.write_bytes(bytes(4 << 20))  # more than a pipe holds
+    gate = Gate()
+
+    async def let_in(descriptor: int) -> None:
+        await migration.in_time(gate.let_in(descriptor, 0, 4 << 20))
+
+    with state.open("rb") as file, pytest.raises(QmpError, match="did not take its device state"):
+        asyncio.run(let_in(file.fileno()))
+    gate.close()
