@@ -688,19 +688,16 @@ class Session:
         """Lets somebody else see to it that QEMU loads the stream behind a descriptor.
 
         Args:
-            may_run: others let the guest run as soon as it is loaded, and a ``feed`` that is
-                cancelled may go on: from its begin on it counts as a guest.
+            may_run: whoever started QEMU lets the guest run as soon as the stream's end is with it,
+                which may be before ``feed`` returns, or though it fails or is cancelled.  So there
+                counts as a guest from here on, until QEMU has ended.
 
-        Raises whatever ``feed`` raises: then QEMU has not got all of it.
+        Raises whatever ``feed`` raises.
         """
         self._require(State.LOADED)
         self._load_begun = True
         self._unsettled = may_run
-        try:
-            await feed(self._device_state)
-        except PostcopyError:
-            self._unsettled = False
-            raise
+        await feed(self._device_state)
         self._enter(State.LOADED)
         self._unsettled = False
 

@@ -86,6 +86,7 @@ class Offer(PreloadServer):
         self._channel: socket.socket | None = None
         self._stream_number = -1
         self._feed = -1
+        self._fed = False
         #: address and size of each piece of memory, once :meth:`known` was called
         self.registered: set[tuple[int, int]] = set()
         #: who has accepted
@@ -122,6 +123,7 @@ class Offer(PreloadServer):
             TargetGoneError: it has ended, or does not read.
         """
         offset = len(FIRST)
+        self._fed = True
         try:
             while part := os.pread(descriptor, 1 << 16, offset):
                 offset += os.write(self._feed, part)
@@ -130,7 +132,8 @@ class Offer(PreloadServer):
                 f"QEMU does not load its state: {error.strerror}",
                 hint="libvirt's log of the domain says why",
             ) from error
-        self.end_stream()
+        finally:
+            self.end_stream()
 
     def end_stream(self) -> None:
         """QEMU sees the end of its stream; one that has not all of it fails to load it."""
@@ -139,7 +142,13 @@ class Offer(PreloadServer):
             self._feed = -1
 
     def abandon(self, userfaultfd: int) -> None:
-        """QEMU is to fail, and not to hang in memory that nobody fills: nothing was loaded yet."""
+        """QEMU is to fail, and not to hang in memory that nobody fills, if nothing was loaded yet.
+
+        Once it was given its state it may have all of it, and a guest: then its memory stays as it
+        is, and what is missing is waited for.
+        """
+        if self._fed:
+            return
         pieces = self.registered or {(p.address, p.size_bytes) for p in self._pieces}
         for address, size in pieces:
             with contextlib.suppress(PostcopyError):

@@ -177,6 +177,48 @@ def test_a_managed_save_of_a_supervised_domain_is_started_lazily_and_its_sidecar
     require_nothing_left(host, shared_dir)
 
 
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_sidecar_that_is_to_end_while_its_guest_is_loaded_serves_that_guest(
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path, which: signal.Signals
+) -> None:
+    host = hooked
+    domain = started(host, shared_guest, shared_dir, fill_mib=64)
+    ask(host, "guest", '<paging><background fill="no"/></paging>')
+    path = shared_dir / "guest.save"
+    host.virsh("save", "guest", path)
+    run = host.directory / "run/qemu-postcopy/guest"
+    restoring = host.popen("virsh", "restore", path)
+    # QEMU has accepted, and now does not read: what it is given stays in the pipe.
+    wait_until((run / "disposable-image").exists, "QEMU has accepted")
+    (qemu,) = host.qemus()
+    os.kill(qemu, signal.SIGSTOP)
+    try:
+        (sidecar,) = sidecars_of_hook(host)
+        wait_until(lambda: waits_in_pipe(sidecar), "its state is given to it")
+        os.kill(sidecar, which)
+        wait_until(lambda: "asked to end" in (run / "sidecar.log").read_text(), "it was asked")
+    finally:
+        os.kill(qemu, signal.SIGCONT)
+    assert restoring.wait(60) == 0
+    domain.console.wait_passes(1)
+    host.virsh("destroy", "guest")
+    require_nothing_left(host, shared_dir)
+
+
+def waits_in_pipe(pid: int) -> bool:
+    """Whether a thread waits for room in a pipe."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return any("pipe_write" in (thread / "wchan").read_text() for thread in threads)
+
+
+def sidecars_of_hook(host: Host) -> list[int]:
+    return [
+        pid
+        for pid in sidecars(host)
+        if b".libvirt.hook" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
 def status(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
 

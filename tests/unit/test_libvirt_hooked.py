@@ -1,0 +1,88 @@
+"""A restore that the hook began: from its first byte of state on QEMU has the word."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from qemu_postcopy.errors import TargetGoneError
+from qemu_postcopy.image.image import Image
+from qemu_postcopy.libvirt import offer as offer_module
+from qemu_postcopy.libvirt.offer import FIRST, Offer
+from qemu_postcopy.paging import registration
+from qemu_postcopy.session import Session, SessionOptions, State
+from qemu_postcopy.sidecar.rundir import RunDirectory
+
+
+@pytest.fixture
+def run(run_dir: Path) -> RunDirectory:
+    return RunDirectory.create("s", run_dir / "run")
+
+
+@pytest.fixture
+def session(run: RunDirectory) -> Session:
+    manifest = SimpleNamespace(chunk_size_bytes=65536, state=SimpleNamespace(sha256="0" * 64))
+    image = SimpleNamespace(path=Path("/image"), manifest=manifest)
+    session = Session(cast(Image, image), run, SessionOptions())
+    session.state = State.SERVING
+    return session
+
+
+@pytest.fixture
+def offer(run: RunDirectory, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
+    monkeypatch.setattr(offer_module, "SOCKETS", run_dir / "sockets")
+    made = Offer(run.path, "some-uuid", (0, 0))
+    yield made
+    made.close()
+
+
+def test_what_qemu_may_have_loaded_counts_as_a_guest_though_giving_it_has_failed(
+    session: Session,
+) -> None:
+    async def fail(_: int) -> None:
+        assert session.has_guest()  # a signal does not cancel it, see ending_by_signals
+        raise TargetGoneError("QEMU does not read")
+
+    async def load() -> None:
+        with pytest.raises(TargetGoneError):
+            await session.load_by(fail, may_run=True)
+        assert session.has_guest()
+        await session.close()
+
+    asyncio.run(load())
+    assert session.state is State.SERVING  # and not failed: then its image would be discarded
+
+
+def test_a_guest_that_its_starter_ends_with_the_load_is_none_until_it_is_loaded(
+    session: Session,
+) -> None:
+    async def give(_: int) -> None:
+        assert not session.has_guest()
+
+    asyncio.run(session.load_by(give))
+    assert session.state is State.LOADED
+    assert session.has_guest()
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_memory_is_let_go_only_before_the_first_byte_of_state(
+    offer: Offer, run_dir: Path, monkeypatch: pytest.MonkeyPatch, fed: bool
+) -> None:
+    let_go = []
+    monkeypatch.setattr(registration, "unregister", lambda *what: let_go.append(what))
+    read_end, offer._feed = os.pipe()
+    offer.registered = {(4096, 8192)}
+    state = run_dir / "state"
+    state.write_bytes(FIRST + b"state")
+    with state.open("rb") as file, os.fdopen(read_end, "rb") as stream:
+        if fed:
+            offer.feed(file.fileno())
+        offer.abandon(7)
+        assert stream.read() == (b"state" if fed else b"")  # and its end
+    assert let_go == ([] if fed else [(7, 4096, 8192)])
