@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import pwd
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -56,7 +55,8 @@ def prune() -> list[str]:
         run = RunDirectory(Path(entry["run_directory"]))
         with suppress(StateError, OSError):
             run.lock()  # a restore that has just begun has it
-            shutil.rmtree(run.path)
+            # What has been made for its guest goes too.
+            run.remove()
             removed.append(run.name)
         run.release()
     return removed
@@ -70,8 +70,14 @@ def _directories(everybody: bool) -> Iterator[Path]:
     for base in bases:
         with suppress(OSError):
             for path in sorted(base.iterdir()):
-                if NAME.fullmatch(path.name) and not path.is_symlink() and path.is_dir():
+                if NAME.fullmatch(path.name) and _is_run_directory(path):
                     yield path
+
+
+def _is_run_directory(path: Path) -> bool:
+    with suppress(OSError):
+        return not path.is_symlink() and path.is_dir() and RunDirectory(path).is_run_directory()
+    return False
 
 
 def _entry_if_there(path: Path) -> dict[str, Any] | None:

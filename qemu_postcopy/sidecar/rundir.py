@@ -37,6 +37,20 @@ ENDS = ("detached", "failed", "gone")
 LIBVIRT = "libvirt:"
 #: Set aside on the disk for the next record: more than that of most guests needs.
 RECORD_BYTES = 64 << 10
+#: Something of this is in every run directory in which anything was done.
+MARKS = (
+    "session.json",
+    "session.json.new",
+    "sidecar.log",
+    "ledger",
+    "disposable-image",
+    "offer",
+    "stream",
+    "preload.sock",
+    "qmp.sock",
+    "control.sock",
+    "keeper.sock",
+)
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,47}")
 
 
@@ -175,7 +189,7 @@ class RunDirectory:
         """Makes the directory; one left by a guest that has ended is emptied first.
 
         Raises:
-            UsageError: the name cannot be one.
+            UsageError: the name cannot be one, or is that of a directory of another kind.
             HostError: it, or the directory above, belongs to somebody else or cannot be made.
             StateError: a guest of that name runs, or is being restored.
         """
@@ -196,6 +210,11 @@ class RunDirectory:
             _check_owner(base)
             if directory.path.is_symlink() or directory.path.exists():
                 _check_owner(directory.path)
+                if not directory.is_run_directory():
+                    raise UsageError(
+                        f"{directory.path} is there, and is no run directory",
+                        hint="choose another --name, or another place by QEMU_POSTCOPY_RUN_DIR",
+                    )
                 record = directory.read_record(missing_ok=True)
                 # Where a restore failed there is no guest, though QEMU may wait for the next try.
                 if record and record.state != "failed" and directory.guest_alive(record):
@@ -213,6 +232,18 @@ class RunDirectory:
                 hint="choose another place by QEMU_POSTCOPY_RUN_DIR",
             ) from error
         return directory
+
+    def is_run_directory(self) -> bool:
+        """Whether it was made here: QEMU_POSTCOPY_RUN_DIR may be a directory for other things too,
+        which must neither be shown nor removed.
+
+        Raises:
+            OSError: it cannot be looked into.
+        """
+        names = {path.name for path in self.path.iterdir()}
+        if not names:
+            return stat.S_IMODE(self.path.lstat().st_mode) == 0o700
+        return not names.isdisjoint(MARKS)
 
     def _take_lock(self) -> None:
         self.release()

@@ -54,6 +54,29 @@ def test_living_ended_unused_and_damaged_are_told_apart(base: Path) -> None:
     begun.release()
 
 
+def test_directories_of_another_kind_are_neither_shown_nor_removed(base: Path) -> None:
+    RunDirectory.create("ours").release()
+    others = [base / "lock", base / "systemd"]
+    others[0].mkdir(mode=0o755)
+    others[1].mkdir()
+    (others[1].parent / "systemd" / "notify").touch()
+    assert [entry["name"] for entry in listing.collect()] == ["ours"]
+    assert listing.prune() == ["ours"]
+    assert all(path.is_dir() for path in others)
+
+
+def test_the_image_that_was_made_for_a_guest_goes_with_its_directory(base: Path) -> None:
+    run = RunDirectory.create("ended")
+    run.write_record(SessionRecord("/image", "running", DEAD, 1))
+    image = base.parent / ".guest.save.1.qpc"
+    image.mkdir()
+    (image / "manifest.json").touch()
+    run.note_disposable(image)
+    run.release()
+    assert listing.prune() == ["ended"]
+    assert not image.exists()
+
+
 def test_a_libvirt_domain_goes_by_its_own_name_and_is_told_when_nobody_serves_it(
     base: Path,
 ) -> None:

@@ -96,6 +96,15 @@ def test_directory_of_a_restore_that_failed_is_emptied_though_qemu_lives(base: P
     assert list(RunDirectory.create("vm", base).path.iterdir()) == []
 
 
+def test_directory_of_another_kind_is_not_emptied(base: Path) -> None:
+    (base / "mail").mkdir(parents=True, mode=0o700)
+    (base / "mail" / "letter").touch()
+    base.chmod(0o700)
+    with pytest.raises(UsageError, match="no run directory"):
+        RunDirectory.create("mail", base)
+    assert (base / "mail" / "letter").exists()
+
+
 def test_name_that_is_being_restored_is_refused(base: Path) -> None:
     """Also in the time before there is a record of it."""
     run = RunDirectory.create("vm", base)
