@@ -587,7 +587,8 @@ class Session:
                 # It was given the end of its state only after it had said where its memory is; the
                 # record may be older than that.  The guest may run: it is asked nothing any more.
                 self._presumed = False
-            await self.confirm()
+            # Where it was to stay paused, libvirt may have been asked to let it run (hooked.py).
+            await self.confirm(may_run=self.options.paused)
             if not self.options.paused:
                 return True
         self._enter(State.RUNNING)
@@ -701,12 +702,16 @@ class Session:
         self._enter(State.LOADED)
         self._unsettled = False
 
-    async def confirm(self) -> None:
+    async def confirm(self, *, may_run: bool = False) -> None:
         """Asks QEMU whether its memory lies where it was presumed, and whether it can be paged.
 
+        Args:
+            may_run: whoever started QEMU may have let the guest run.  Then one that something reads
+                past us is not ended: the listener is told, and the rest is filled at once.
+
         Raises:
-            AttachError, MismatchError: not so.  The guest has not run, and must not; its QEMU was
-                ended.
+            AttachError, MismatchError: not so.  The guest must not run, and its QEMU was ended.
+            LibvirtError, QmpError: it cannot be asked now.
         """
         from qemu_postcopy.vm.layout import confirm
         from qemu_postcopy.vm.monitor import connect
@@ -719,11 +724,15 @@ class Session:
         try:
             await confirm(self._qmp, self._layout)
             if reasons := await refusals(self._qmp):
-                raise MismatchError(
+                refused = MismatchError(
                     "this guest's memory cannot be paged: " + "; ".join(reasons),
                     hint="restore it eagerly, by virsh restore",
                 )
-        except PostcopyError:
+                if not may_run:
+                    raise refused
+                self.fill_at_full_speed()
+                self.tell_failure(refused)
+        except (AttachError, MismatchError):
             await self._qmp.execute("quit")
             self._enter(State.GONE)
             raise

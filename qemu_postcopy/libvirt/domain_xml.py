@@ -7,10 +7,28 @@ trusted: it is only looked at, libvirt itself decides what becomes of it.
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 from qemu_postcopy.errors import ImageError
-from qemu_postcopy.vm.refusals import ENCRYPTED, PINNED, SHARED
+from qemu_postcopy.vm.refusals import (
+    BLOB,
+    BLOB_TYPES,
+    ENCRYPTED,
+    PINNED,
+    PINNING_TYPES,
+    REMAPPED,
+    REMAPPING_TYPES,
+    SHARED,
+    SHARING_OBJECTS,
+    SHARING_TYPES,
+)
+
+#: What libvirt passes on to QEMU as it is (docs/schemas/domaincommon.rng of libvirt).
+ARGUMENTS = "{http://libvirt.org/schemas/domain/qemu/1.0}commandline/{*}arg"
+#: Of networks and disks.  The driver nvme has the name of a device that is emulated: QEMU is asked.
+PINNING_BACKENDS = ("vhost-vdpa", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa")
+SHARING_BACKENDS = ("vhost-user", "virtio-blk-vhost-user")
 
 
 def parse(xml: str) -> ElementTree.Element:
@@ -61,6 +79,29 @@ def refusals(domain: ElementTree.Element) -> list[str]:
     for model in domain.iterfind("devices/video/driver"):
         if model.get("name") == "vhostuser":
             reasons.append(f"a vhost-user video device: {SHARED}")
+    for model in domain.iterfind("devices/video/model"):
+        if model.get("blob") == "on":
+            reasons.append(f"a video device: {BLOB}")
+    reasons += _passed_through(domain)
     if domain.find("launchSecurity") is not None:
         reasons.append(f"launch security: {ENCRYPTED}")
+    return reasons
+
+
+def _passed_through(domain: ElementTree.Element) -> list[str]:
+    """Of what libvirt passes on unread: looked at for the words that matter, also in a JSON."""
+    reasons = []
+    for argument in domain.iterfind(ARGUMENTS):
+        text = argument.get("value") or ""
+        words = set(re.findall(r"[\w-]+", text))
+        for kinds, reason in (
+            ((*PINNING_TYPES, "vhost-vdpa", *PINNING_BACKENDS), PINNED),
+            ((*SHARING_TYPES, *SHARING_OBJECTS, *SHARING_BACKENDS), SHARED),
+            (REMAPPING_TYPES, REMAPPED),
+        ):
+            if any(word.startswith(kinds) for word in words):
+                reasons.append(f"the argument {text!r}: {reason}")
+        shows = any(word.startswith(BLOB_TYPES) for word in words)
+        if shows and "blob" in words and words & {"on", "true"}:
+            reasons.append(f"the argument {text!r}: {BLOB}")
     return reasons

@@ -82,7 +82,7 @@ async def restore_hooked(
             await session.load_by(
                 lambda descriptor: asyncio.to_thread(offer.feed, descriptor), may_run=True
             )
-            await confirm(session)
+            await confirm(session, may_run=True)
             session.is_let_run_by_others()
             await serve_to_the_end(session)
             return session

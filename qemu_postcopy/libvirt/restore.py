@@ -219,11 +219,11 @@ async def restore_domain(
             run.release()
 
 
-async def confirm(session: Session) -> None:
+async def confirm(session: Session, *, may_run: bool = False) -> None:
     """As :meth:`Session.confirm`, also where libvirtd is just being started again."""
     for wait in CONFIRM_PAUSES:
         try:
-            await session.confirm()
+            await session.confirm(may_run=may_run)
             return
         except (LibvirtError, QmpError) as error:
             if not session.has_guest():
@@ -231,7 +231,7 @@ async def confirm(session: Session) -> None:
             log.warning("QEMU cannot be asked yet where its memory lies: %s", error.message)
             await session.release_monitor()
         await asyncio.sleep(wait)
-    await session.confirm()
+    await session.confirm(may_run=may_run)
 
 
 async def _start(

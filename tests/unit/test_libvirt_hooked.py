@@ -7,16 +7,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
-from qemu_postcopy.errors import TargetGoneError
+from qemu_postcopy.errors import MismatchError, TargetGoneError
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.libvirt import offer as offer_module
 from qemu_postcopy.libvirt.offer import FIRST, Offer
 from qemu_postcopy.paging import registration
-from qemu_postcopy.session import Session, SessionOptions, State
+from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
 
 
@@ -86,3 +86,42 @@ def test_memory_is_let_go_only_before_the_first_byte_of_state(
         offer.abandon(7)
         assert stream.read() == (b"state" if fed else b"")  # and its end
     assert let_go == ([] if fed else [(7, 4096, 8192)])
+
+
+@pytest.mark.parametrize("may_run", [False, True])
+def test_a_guest_that_may_run_is_filled_and_not_ended_where_something_reads_past_us(
+    session: Session, monkeypatch: pytest.MonkeyPatch, may_run: bool
+) -> None:
+    asked = []
+
+    class Played:
+        async def execute(self, command: str) -> None:
+            asked.append(command)
+
+        async def close(self) -> None:
+            pass
+
+    async def agrees(*_: object) -> None:
+        pass
+
+    async def refuses(*_: object) -> list[str]:
+        return ["blob=on"]
+
+    told: list[StateChange] = []
+    monkeypatch.setattr("qemu_postcopy.vm.layout.confirm", agrees)
+    monkeypatch.setattr("qemu_postcopy.vm.refusals.refusals", refuses)
+    session._listener = told.append
+    session._presumed, session._qmp = True, cast(Any, Played())
+    session.pager = cast(Any, SimpleNamespace(set_background=lambda *how: asked.append(how)))
+    session.state = State.LOADED
+    monkeypatch.setattr(session, "_record", lambda: None)
+    if may_run:
+        asyncio.run(session.confirm(may_run=True))
+        assert asked == [(True, 0)]
+        (change,) = told
+        assert isinstance(change.failure, MismatchError)
+        assert session.has_guest()
+    else:
+        with pytest.raises(MismatchError):
+            asyncio.run(session.confirm())
+        assert asked == ["quit"]
