@@ -63,6 +63,8 @@ def install(hooks: Path = HOOKS) -> Installed:
     try:
         _require_ours(script)
         changed = _write(LIBRARY, source.read_bytes(), 0o644)
+        # QEMU's user reads it, whatever the umask is that this was called with.
+        LIBRARY.parent.chmod(0o755)
         changed = _write(script, text, 0o755) or changed
     except OSError as error:
         raise _refused(error) from error
@@ -98,7 +100,7 @@ def _refused(error: OSError) -> HostError:
 
 def _write(path: Path, content: bytes, mode: int) -> bool:
     """In one step; libvirt may be running the old one.  Returns whether it was otherwise."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.read_bytes() == content and path.stat().st_mode & 0o777 == mode:
         return False
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

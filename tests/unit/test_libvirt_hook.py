@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +97,18 @@ def test_installing_is_idempotent_beside_other_hooks_and_is_taken_back(hooks: Pa
     assert not hook_install.remove(hooks).changed
     assert [path.name for path in (hooks / "qemu.d").iterdir()] == ["10-theirs"]
     assert not first.library.exists()
+
+
+def test_qemus_user_can_read_the_library_whatever_the_umask(hooks: Path) -> None:
+    previous = os.umask(0o077)
+    try:
+        for _ in range(2):  # also if it was installed wrongly before
+            library = hook_install.install(hooks).library
+            assert stat.S_IMODE(library.parent.stat().st_mode) == 0o755
+            assert stat.S_IMODE(library.stat().st_mode) == 0o644
+            library.parent.chmod(0o700)
+    finally:
+        os.umask(previous)
 
 
 def test_somebody_elses_script_of_our_name_stays(hooks: Path) -> None:
