@@ -111,8 +111,10 @@ async def _begin(
     listener: Callable[[StateChange], None] | None,
 ) -> Session:
     """While QEMU waits for its stream."""
+    require_same(order.file, offer.source)
     source = await asyncio.to_thread(image_behind, order.file) or order.file
     saved = await asyncio.to_thread(open_saved, source, None, run)
+    require_same(order.file, offer.source)
     if saved.uuid != order.uuid:
         raise ImageError(f"{source} is of another domain, {saved.name}", hint="write it anew")
     assert offer.identity is not None
@@ -133,3 +135,15 @@ async def _begin(
             await session.close()
         raise
     return session
+
+
+def require_same(file: Path, source: tuple[int, int]) -> None:
+    """ImageError if that path leads to another file than the one that libvirt restores."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise ImageError(
+            f"{file} was removed while it was restored: {error.strerror}", hint="restore it again"
+        ) from error
+    if (found.st_dev, found.st_ino) != source:
+        raise ImageError(f"{file} was replaced while it was restored", hint="restore it again")

@@ -82,7 +82,7 @@ class Offer(PreloadServer):
         super().__init__(run_directory, [SMALLEST_BYTES], listening=(path, listen_at(path, mode)))
         link_of(run_directory).symlink_to(path)
         self._uuid = uuid
-        self._source = source
+        self.source = source
         self._channel: socket.socket | None = None
         self._stream_number = -1
         self._feed = -1
@@ -223,7 +223,7 @@ class Offer(PreloadServer):
                 number = int(entry.name)
                 if number <= 2:
                     continue
-                if (found.st_dev, found.st_ino) == self._source:
+                if (found.st_dev, found.st_ino) == self.source:
                     files.append(number)
                 elif stat.S_ISFIFO(found.st_mode) and entry.lstat().st_mode & 0o400:
                     pipes.append(number)

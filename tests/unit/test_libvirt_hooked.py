@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import pytest
 
-from qemu_postcopy.errors import MismatchError, TargetGoneError
+from qemu_postcopy.errors import ImageError, MismatchError, TargetGoneError
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.libvirt import offer as offer_module
+from qemu_postcopy.libvirt.hooked import require_same
 from qemu_postcopy.libvirt.offer import FIRST, Offer
 from qemu_postcopy.paging import registration
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
@@ -125,3 +126,20 @@ def test_a_guest_that_may_run_is_filled_and_not_ended_where_something_reads_past
         with pytest.raises(MismatchError):
             asyncio.run(session.confirm())
         assert asked == ["quit"]
+
+
+def test_a_save_file_that_was_replaced_meanwhile_is_not_taken_for_the_one_that_qemu_loads(
+    run_dir: Path,
+) -> None:
+    file = run_dir / "web.save"
+    file.write_bytes(b"first")
+    found = file.stat()
+    source = (found.st_dev, found.st_ino)
+    require_same(file, source)
+    (run_dir / "other").write_bytes(b"second")
+    (run_dir / "other").rename(file)
+    with pytest.raises(ImageError, match="was replaced"):
+        require_same(file, source)
+    file.unlink()
+    with pytest.raises(ImageError, match="was removed"):
+        require_same(file, source)
