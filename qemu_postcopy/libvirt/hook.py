@@ -14,16 +14,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import syslog
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from qemu_postcopy.errors import MismatchError, PostcopyError, StateError
+from qemu_postcopy.errors import HostError, MismatchError, PostcopyError, StateError
 from qemu_postcopy.libvirt import hook_xml
 from qemu_postcopy.libvirt.metadata import Settings, settings_in
+from qemu_postcopy.libvirt.system_log import tell_system_log
 from qemu_postcopy.sidecar.rundir import RunDirectory, base_directory
 
 REFUSED = 3
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     try:
         domain = hook_xml.parse(text)
     except ElementTree.ParseError as error:
-        _tell(name, f"its XML is not understood: {error}")
+        tell_system_log(name, f"its XML is not understood: {error}")
         return 0
     if operation in ("started", "reconnect"):
         begin_watch(domain)
@@ -93,15 +93,17 @@ def begin_restore(daemon: int, domain: ElementTree.Element) -> tuple[int, bool]:
             image_behind(found.path)
         elif found.format == "sparse":
             raise MismatchError("a save file in the sparse format is restored by QEMU itself")
+        else:
+            require_room(found.path)
         _offer(name, uuid, domain, settings, found)
         return 0, True
     except (PostcopyError, OSError) as error:
         words = error.message if isinstance(error, PostcopyError) else str(error)
         if lazy_file:
             sys.stderr.write(f"qemu-postcopy: {words}\n")
-            _tell(name, f"not restored: {words}")
+            tell_system_log(name, f"not restored: {words}")
             return REFUSED, False
-        _tell(name, f"restored eagerly: {words}")
+        tell_system_log(name, f"restored eagerly: {words}")
         return 0, False
 
 
@@ -122,7 +124,7 @@ def _offer(
     options = SessionOptions(
         background=settings.fill, background_rate=settings.rate, drop_rights=True
     )
-    order = HookedRestore(_uri(), uuid, found.path, options)
+    order = HookedRestore(_uri(), name, uuid, found.path, options)
     run = RunDirectory.create(run_name_of(name))
     try:
         offer = Offer(run.path, uuid, found.key)
@@ -134,6 +136,18 @@ def _offer(
     sidecar.reports.close()
     if settings.supervise:
         supervisor.start(run)
+
+
+def require_room(file: Path) -> None:
+    """HostError where the image that a save file is converted to has no room beside it."""
+    needed, place = file.stat().st_blocks * 512, os.statvfs(file.parent)
+    free = place.f_bavail * place.f_frsize
+    if free < needed:
+        raise HostError(
+            f"{file.parent} has {free >> 20} MiB left, and its image would take about "
+            f"{needed >> 20} MiB",
+            hint="free some room there",
+        )
 
 
 def begin_watch(domain: ElementTree.Element) -> None:
@@ -154,7 +168,7 @@ def begin_watch(domain: ElementTree.Element) -> None:
             start_new_session=True,
         )
     except (PostcopyError, OSError) as error:
-        _tell(name, f"its migrations are not watched: {error}")
+        tell_system_log(name, f"its migrations are not watched: {error}")
 
 
 def _uri() -> str:
@@ -216,7 +230,7 @@ def clean_up(name: str) -> None:
         if not run.path.exists():
             return
         time.sleep(POLL_SECONDS)
-    _tell(name, f"its sidecar has not ended; see {run.sidecar_log}")
+    tell_system_log(name, f"its sidecar has not ended; see {run.sidecar_log}")
 
 
 def _settle_environment() -> None:
@@ -224,11 +238,6 @@ def _settle_environment() -> None:
     runtime = Path(f"/run/user/{os.geteuid()}")
     if os.geteuid() != 0 and runtime.is_dir():
         os.environ.setdefault("XDG_RUNTIME_DIR", str(runtime))
-
-
-def _tell(name: str, words: str) -> None:
-    syslog.openlog("qemu-postcopy", syslog.LOG_PID, syslog.LOG_DAEMON)
-    syslog.syslog(syslog.LOG_WARNING, f"domain {name}: {words}")
 
 
 if __name__ == "__main__":

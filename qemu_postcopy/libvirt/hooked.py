@@ -19,11 +19,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qemu_postcopy.errors import GuestEndedError, ImageError, MismatchError, PostcopyError
+from qemu_postcopy.errors import (
+    GuestEndedError,
+    ImageError,
+    MismatchError,
+    OperationCancelledError,
+    PostcopyError,
+)
 from qemu_postcopy.libvirt.lazy_save import image_behind
 from qemu_postcopy.libvirt.monitor import address_of
 from qemu_postcopy.libvirt.offer import Offer
 from qemu_postcopy.libvirt.restore import confirm, open_saved
+from qemu_postcopy.libvirt.system_log import tell_system_log
 from qemu_postcopy.restore import ending_by_signals, handlers, serve_on, serve_to_the_end
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
@@ -38,6 +45,7 @@ class HookedRestore:
     """What libvirt restores: a domain from a file, both by their names."""
 
     uri: str
+    name: str
     uuid: str
     file: Path
     session: SessionOptions
@@ -59,14 +67,17 @@ async def restore_hooked(
     """
     try:
         taken = await asyncio.to_thread(offer.take)
-    except PostcopyError:
+    except PostcopyError as error:
+        if not isinstance(error, OperationCancelledError):
+            tell_system_log(order.name, f"its restore was not made lazy: {_words(error)}")
         offer.close()
         run.release()
         raise
     offer.path.unlink(missing_ok=True)
     try:
         session = await _begin(order, offer, taken, run, listener)
-    except BaseException:
+    except BaseException as error:
+        tell_system_log(order.name, f"its restore has failed: {_words(error)}")
         offer.abandon(taken.descriptor)
         os.close(taken.descriptor)
         offer.close()
@@ -89,6 +100,7 @@ async def restore_hooked(
         except GuestEndedError:
             raise
         except Exception as error:
+            tell_system_log(order.name, f"its restore has gone wrong: {_words(error)}")
             if not session.has_guest():
                 raise
             await serve_on(session, error)
@@ -101,6 +113,13 @@ async def restore_hooked(
             offer.close()
             run.tidy()
             run.release()
+
+
+def _words(error: BaseException) -> str:
+    """The sidecar's own log goes with the run directory when libvirt gives the domain up."""
+    if isinstance(error, PostcopyError):
+        return f"{error.message} ({error.hint})" if error.hint else error.message
+    return repr(error)
 
 
 async def _begin(

@@ -11,10 +11,19 @@ from typing import Any, cast
 
 import pytest
 
-from qemu_postcopy.errors import ImageError, MismatchError, TargetGoneError
+from qemu_postcopy.errors import (
+    AttachError,
+    HostError,
+    ImageError,
+    MismatchError,
+    OperationCancelledError,
+    PostcopyError,
+    TargetGoneError,
+)
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.libvirt import offer as offer_module
-from qemu_postcopy.libvirt.hooked import require_same
+from qemu_postcopy.libvirt.hook import require_room
+from qemu_postcopy.libvirt.hooked import HookedRestore, require_same, restore_hooked
 from qemu_postcopy.libvirt.offer import FIRST, Offer
 from qemu_postcopy.paging import registration
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
@@ -143,3 +152,46 @@ def test_a_save_file_that_was_replaced_meanwhile_is_not_taken_for_the_one_that_q
     file.unlink()
     with pytest.raises(ImageError, match="was removed"):
         require_same(file, source)
+
+
+class Refusing:
+    """An offer that came to nothing."""
+
+    def __init__(self, error: PostcopyError) -> None:
+        self.error = error
+
+    def take(self) -> None:
+        raise self.error
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AttachError("two of one size", hint="--connect"), ["two of one size (--connect)"]),
+        (OperationCancelledError("not started"), []),
+    ],
+)
+def test_why_a_restore_was_not_made_lazy_is_in_the_system_log(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: PostcopyError, told: list[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("syslog.syslog", lambda _, words: said.append(words))
+    order = HookedRestore("qemu:///system", "my web", "u", Path("/web.save"), SessionOptions())
+    with pytest.raises(type(error)):
+        asyncio.run(restore_hooked(order, cast(Any, Refusing(error)), run))
+    assert said == [f"domain my web: its restore was not made lazy: {words}" for words in told]
+
+
+def test_a_save_file_whose_image_has_no_room_is_restored_eagerly(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run_dir / "web.save"
+    file.write_bytes(b"x" * 8192)
+    require_room(file)
+    full = SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    with pytest.raises(HostError, match="image would take"):
+        require_room(file)
