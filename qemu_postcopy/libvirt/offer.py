@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 SOCKETS = Path("/run/qemu-postcopy-hook")
 #: How long libvirt may take from its hook to QEMU.
 ACCEPT_SECONDS = 300.0
+#: How long who is no QEMU may take to say what it wants.
+STRANGER_SECONDS = 1.0
 #: Begin of every stream.
 FIRST = MAGIC + VERSION.to_bytes(4, "big")
 #: Smaller blocks come with the device state, as in an import (image/stream.py).
@@ -85,6 +87,8 @@ class Offer(PreloadServer):
         self.source = source
         self._channel: socket.socket | None = None
         self._stream_number = -1
+        # It is the pipe of a program that unpacks the save file.
+        self._unpacks = False
         self._feed = -1
         self._fed = False
         #: address and size of each piece of memory, once :meth:`known` was called
@@ -105,7 +109,8 @@ class Offer(PreloadServer):
             self._sizes = self._wanted(self.identity)
             self._stream_number = self._find_stream(self.identity)
         except PostcopyError:
-            self._channel.send(MESSAGE.pack(PROTOCOL, LEAVE, 0, 0, 0, 0, 0))
+            with contextlib.suppress(OSError):  # it has ended
+                self._channel.send(MESSAGE.pack(PROTOCOL, LEAVE, 0, 0, 0, 0, 0))
             self._channel.close()
             raise
         return self.serve(self.identity)
@@ -179,7 +184,7 @@ class Offer(PreloadServer):
             except PostcopyError as error:
                 log.info("a stranger at the offer has gone: %s", error.message)
             with channel:
-                if uid in (0, os.geteuid()) and channel.recv(16) == b"withdraw":
+                if uid in (0, os.geteuid()) and _says(channel) == b"withdraw":
                     raise OperationCancelledError("libvirt has not started the domain")
 
     def _is_meant(self, identity: ProcessIdentity) -> bool:
@@ -235,8 +240,7 @@ class Offer(PreloadServer):
                 hint="restore it by qemu-postcopy restore --connect",
                 vm=identity.pid,
             )
-        if not files:
-            self._drain(identity.pid, candidates[0])
+        self._unpacks = not files
         return candidates[0]
 
     def _drain(self, pid: int, number: int) -> None:
@@ -256,6 +260,10 @@ class Offer(PreloadServer):
         return self._channel
 
     def _before_memory(self, channel: socket.socket) -> None:
+        # Only now: until it has handed its userfaultfd over QEMU may load the stream by itself.
+        if self._unpacks:
+            assert self.identity is not None
+            self._drain(self.identity.pid, self._stream_number)
         read_end, self._feed = os.pipe()
         # A pipe that ends without a byte has QEMU poll for ever (POLLHUP alone does not wake its
         # watch); one that ends after these is an error, also if this process dies.
@@ -265,6 +273,14 @@ class Offer(PreloadServer):
             socket.send_fds(channel, [message], [read_end])
         finally:
             os.close(read_end)
+
+
+def _says(channel: socket.socket) -> bytes:
+    """What a stranger says at once; QEMU is not to wait for one that says nothing."""
+    channel.settimeout(STRANGER_SECONDS)
+    with contextlib.suppress(OSError):
+        return channel.recv(16)
+    return b""
 
 
 def link_of(run_directory: Path) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,7 +26,7 @@ from qemu_postcopy.image.image import Image
 from qemu_postcopy.libvirt import offer as offer_module
 from qemu_postcopy.libvirt.hook import require_room
 from qemu_postcopy.libvirt.hooked import HookedRestore, require_same, restore_hooked
-from qemu_postcopy.libvirt.offer import FIRST, Offer
+from qemu_postcopy.libvirt.offer import FIRST, Offer, withdraw
 from qemu_postcopy.paging import registration
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
@@ -195,3 +197,18 @@ def test_a_save_file_whose_image_has_no_room_is_restored_eagerly(
     monkeypatch.setattr(os, "statvfs", lambda _: full)
     with pytest.raises(HostError, match="image would take"):
         require_room(file)
+
+
+def test_a_stranger_that_says_nothing_does_not_keep_others_from_the_offer(
+    offer: Offer, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offer_module, "STRANGER_SECONDS", 0.05)
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        silent.connect(str(offer.path))
+        taking = executor.submit(offer.take)
+        withdraw(run.path)
+        with pytest.raises(OperationCancelledError):
+            taking.result(30)

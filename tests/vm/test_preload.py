@@ -21,7 +21,15 @@ from vm.test_restore_content import KIND_PARAMS
 import qemu_postcopy
 from qemu_postcopy.errors import AttachError
 from qemu_postcopy.images.guest_image import GuestImage
-from qemu_postcopy.vm.preload import EXIT_STATUS, PreloadServer, library
+from qemu_postcopy.vm.preload import (
+    EXIT_STATUS,
+    OPTIONAL_VARIABLE,
+    PROGRAM_VARIABLE,
+    SOCKET_VARIABLE,
+    PreloadServer,
+    library,
+    listen_at,
+)
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.spec import MemoryKind
 
@@ -297,6 +305,30 @@ def test_program_that_is_meant_ends_where_no_sidecar_answers(elsewhere: Elsewher
     assert done.returncode == EXIT_STATUS
     assert "no sidecar at" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_program_goes_on_alone_where_the_sidecar_dies_before_it_wanted_anything_if_it_may(
+    run_dir: Path, optional: bool
+) -> None:
+    path = run_dir / "dying.sock"
+    with listen_at(path, 0o600) as listener:
+        variables = {
+            **{"LD_PRELOAD": str(library()), SOCKET_VARIABLE: str(path), PROGRAM_VARIABLE: "env"},
+            **({OPTIONAL_VARIABLE: "1"} if optional else {}),
+        }
+        with subprocess.Popen(
+            [shutil.which("env") or "env"],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as program:
+            listener.accept()[0].close()
+            said, complained = program.communicate(timeout=60)
+    assert program.returncode == (0 if optional else EXIT_STATUS)
+    assert "PRELOAD" not in said
+    assert ("the sidecar has gone" in complained) is not optional
 
 
 def test_program_that_is_meant_ends_where_it_is_to_become_a_daemon(elsewhere: Elsewhere) -> None:

@@ -120,8 +120,8 @@ static void __attribute__((format(printf, 2, 3), noreturn)) give_up(int errnum,
     _exit(EXIT_STATUS);
 }
 
-/* Returns the bytes received; *fd gets the descriptor that came along, or -1. */
-static ssize_t receive(void *buffer, size_t size, int *fd)
+/* Returns the bytes received, 0 at the end or -1; *fd gets the descriptor that came along, or -1. */
+static ssize_t try_receive(void *buffer, size_t size, int *fd)
 {
     union {
         char bytes[CMSG_SPACE(sizeof(int))];
@@ -136,17 +136,26 @@ static ssize_t receive(void *buffer, size_t size, int *fd)
     do
         got = recvmsg(channel, &header, MSG_CMSG_CLOEXEC);
     while (got < 0 && errno == EINTR);
-    if (got < 0)
-        give_up(errno, "no answer from the sidecar");
-    if (got == 0)
-        give_up(0, "the sidecar has gone");
     *fd = -1;
+    if (got <= 0)
+        return got;
     item = CMSG_FIRSTHDR(&header);
     if (item && item->cmsg_level == SOL_SOCKET && item->cmsg_type == SCM_RIGHTS &&
         item->cmsg_len == CMSG_LEN(sizeof(int)))
         memcpy(fd, CMSG_DATA(item), sizeof(int));
     if (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
         give_up(0, "the sidecar's message is too long, or no descriptor is free");
+    return got;
+}
+
+static ssize_t receive(void *buffer, size_t size, int *fd)
+{
+    ssize_t got = try_receive(buffer, size, fd);
+
+    if (got < 0)
+        give_up(errno, "no answer from the sidecar");
+    if (got == 0)
+        give_up(0, "the sidecar has gone");
     return got;
 }
 
@@ -320,6 +329,15 @@ static int connect_to(const char *path, int optional)
     return 1;
 }
 
+/* Whether nothing is wanted of this process. A sidecar that has died or hangs before it wanted
+ * anything has changed nothing yet: QEMU loads its guest by itself then. */
+static int is_left(const struct welcome *welcome, ssize_t got, int device)
+{
+    return got <= 0 || (got == (ssize_t)sizeof(welcome->head) &&
+                        welcome->head.protocol == PROTOCOL && welcome->head.kind == LEAVE &&
+                        device < 0);
+}
+
 static void __attribute__((constructor)) begin(void)
 {
     const char *path = getenv(SOCKET_VARIABLE);
@@ -335,9 +353,9 @@ static void __attribute__((constructor)) begin(void)
         errno = saved;
         return;
     }
-    got = receive(&welcome, sizeof(welcome), &device);
-    if (optional && got == (ssize_t)sizeof(welcome.head) && welcome.head.protocol == PROTOCOL &&
-        welcome.head.kind == LEAVE && device < 0) {
+    got = optional ? try_receive(&welcome, sizeof(welcome), &device)
+                   : receive(&welcome, sizeof(welcome), &device);
+    if (optional && is_left(&welcome, got, device)) {
         close(channel);
         channel = -1;
         clear_environment();
