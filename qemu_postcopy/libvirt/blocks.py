@@ -25,11 +25,12 @@ KINDS = ("memory-backend-ram", "memory-backend-memfd", "memory-backend-file")
 
 @dataclass(frozen=True)
 class Backend:
-    """A memory back-end on QEMU's command line."""
+    """A memory back-end on QEMU's command line; ``path`` is its file, or where QEMU makes one."""
 
     backend_id: str
     kind: str
     size_bytes: int
+    path: str = ""
 
 
 def backends_of(command_line: Sequence[str]) -> list[Backend]:
@@ -51,7 +52,8 @@ def backends_of(command_line: Sequence[str]) -> list[Backend]:
                 f"the size of memory back-end {values.get('id')} is not understood: {text}",
                 hint="restore this guest eagerly, by virsh restore",
             )
-        found.append(Backend(str(values.get("id")), str(values["qom-type"]), size))
+        path = str(values.get("mem-path", ""))
+        found.append(Backend(str(values.get("id")), str(values["qom-type"]), size, path))
     return found
 
 

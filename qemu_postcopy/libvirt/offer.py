@@ -32,7 +32,9 @@ from qemu_postcopy.image.records import MAGIC, VERSION
 from qemu_postcopy.libvirt.blocks import backends_of
 from qemu_postcopy.paging import registration
 from qemu_postcopy.vm.attach import TakenDescriptor
+from qemu_postcopy.vm.layout import can_hold_paged_memory
 from qemu_postcopy.vm.preload import (
+    BLOCKS_MAX,
     LEAVE,
     LIMIT_SECONDS,
     MESSAGE,
@@ -108,10 +110,12 @@ class Offer(PreloadServer):
         try:
             self._sizes = self._wanted(self.identity)
             self._stream_number = self._find_stream(self.identity)
-        except PostcopyError:
+        except (PostcopyError, OSError) as error:
             with contextlib.suppress(OSError):  # it has ended
                 self._channel.send(MESSAGE.pack(PROTOCOL, LEAVE, 0, 0, 0, 0, 0))
             self._channel.close()
+            if isinstance(error, OSError):
+                raise AttachError(f"QEMU cannot be looked at: {error}") from error
             raise
         return self.serve(self.identity)
 
@@ -202,10 +206,23 @@ class Offer(PreloadServer):
         """Sizes of the memory back-ends.
 
         Raises:
-            AttachError: two cannot be told apart before QEMU itself can be asked.
+            AttachError: two cannot be told apart before QEMU itself can be asked, or one cannot be
+                paged.
         """
-        sizes = [backend.size_bytes for backend in backends_of(identity.cmdline())]
-        sizes = [size for size in sizes if size >= SMALLEST_BYTES]
+        backends = [b for b in backends_of(identity.cmdline()) if b.size_bytes >= SMALLEST_BYTES]
+        for backend in backends:
+            if backend.path and not can_hold_paged_memory(identity, backend.path):
+                raise AttachError(
+                    f"{backend.path} is not on tmpfs or hugetlbfs: only memory there can be paged "
+                    "on demand",
+                    hint="mount a tmpfs there",
+                )
+        sizes = [backend.size_bytes for backend in backends]
+        if len(sizes) > BLOCKS_MAX:
+            raise AttachError(
+                f"the domain has {len(sizes)} memory back-ends, and {BLOCKS_MAX} can be paged",
+                hint="restore it by qemu-postcopy restore --connect",
+            )
         if not sizes or len(set(sizes)) != len(sizes):
             raise AttachError(
                 "the domain has several memory back-ends of one size, or none: which is which "

@@ -351,6 +351,15 @@ def _mount(identity: ProcessIdentity, key: FileKey) -> tuple[str, str] | None:
     return None
 
 
+def can_hold_paged_memory(identity: ProcessIdentity, path: str) -> bool:
+    """Whether a file that QEMU makes, or has, at that path lies where userfaultfd handles it."""
+    seen = Path(f"/proc/{identity.pid}/root{path}")
+    place = next((found for found in (seen, *seen.parents) if found.exists()), seen)
+    device = place.stat().st_dev
+    mount = _mount(identity, (os.major(device), os.minor(device), 0))
+    return mount is not None and mount[0] in CONTROLLABLE
+
+
 def mount_options(identity: ProcessIdentity, key: FileKey) -> str | None:
     """The options that belong to the file system itself, `size=1g,huge=always`; None if it is in no
     mount table."""

@@ -30,6 +30,7 @@ from qemu_postcopy.libvirt.offer import FIRST, Offer, withdraw
 from qemu_postcopy.paging import registration
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.vm.process import ProcessIdentity
 
 
 @pytest.fixture
@@ -212,3 +213,37 @@ def test_a_stranger_that_says_nothing_does_not_keep_others_from_the_offer(
         withdraw(run.path)
         with pytest.raises(OperationCancelledError):
             taking.result(30)
+
+
+def starting_with(backends: list[str]) -> ProcessIdentity:
+    """A QEMU with those -object arguments, which sees what we see."""
+    words = ["qemu", *(word for text in backends for word in ("-object", text))]
+    mounts = Path("/proc/self/mountinfo").read_text
+    return cast(
+        ProcessIdentity, SimpleNamespace(pid=os.getpid(), cmdline=lambda: words, mounts=mounts)
+    )
+
+
+def file_backend(path: str) -> str:
+    return f"memory-backend-file,id=a,size={64 << 20},mem-path={path}/not/yet/there"
+
+
+def test_memory_that_can_be_paged_is_asked_for_of_qemu(offer: Offer) -> None:
+    anonymous = f"memory-backend-ram,id=b,size={32 << 20}"
+    found = offer._wanted(starting_with([file_backend("/dev/shm"), anonymous]))
+    assert found == [64 << 20, 32 << 20]
+
+
+@pytest.mark.parametrize(
+    ("backends", "words"),
+    [
+        ([file_backend("/proc")], "tmpfs or hugetlbfs"),
+        ([f"memory-backend-ram,id=b{n},size={(16 + n) << 20}" for n in range(65)], "65 memory"),
+        ([f"memory-backend-ram,id=b{n},size={16 << 20}" for n in range(2)], "of one size"),
+    ],
+)
+def test_memory_that_cannot_is_restored_eagerly(
+    offer: Offer, backends: list[str], words: str
+) -> None:
+    with pytest.raises(AttachError, match=words):  # QEMU is told to LEAVE
+        offer._wanted(starting_with(backends))
