@@ -73,8 +73,9 @@ def set_command(
     """Write into the XML of DOMAIN how its memory is to be paged.
 
     What is not named stays as it is; without any option the defaults are written. Both the running
-    domain and its definition are changed; it counts from the next restore or migration on, where
-    `qemu-postcopy libvirt install-hooks` was done.
+    domain and its definition are changed; it counts for what is saved or migrated from then on,
+    where `qemu-postcopy libvirt install-hooks` was done. A file that was saved before keeps what it
+    says (virsh save-image-edit FILE, managedsave-edit DOMAIN).
 
     \b
     Examples:
@@ -100,6 +101,20 @@ def set_command(
     click.echo(
         json.dumps(settings.as_json(), indent=2) if as_json else f"{domain}: {_say(settings)}"
     )
+    _warn_of_managed_save(uri, domain)
+
+
+def _warn_of_managed_save(uri: str, domain: str) -> None:
+    import asyncio
+
+    from qemu_postcopy.libvirt.settings import has_managed_save
+
+    if asyncio.run(has_managed_save(uri, domain)):
+        click.echo(
+            f"warning: {domain} has a managed save, which its next start restores as it says "
+            f"itself; change that too: virsh managedsave-edit {domain}",
+            err=True,
+        )
 
 
 @libvirt_commands.command("show")
@@ -145,6 +160,7 @@ def unset_command(domain: str, uri: str) -> None:
     from qemu_postcopy.libvirt.settings import change_settings
 
     asyncio.run(change_settings(uri, domain, lambda _: None))
+    _warn_of_managed_save(uri, domain)
 
 
 @libvirt_commands.command("install-hooks")

@@ -1,8 +1,8 @@
 """``qemu-postcopy libvirt set | show | unset``: our element in the XML of a domain, by libvirt.
 
 One step each, through virDomainGetMetadata and virDomainSetMetadata: of a domain that runs, of its
-definition, or of both.  Nothing is started or stopped; what is set counts from the next restore or
-migration on.
+definition, or of both.  Nothing is started or stopped; what is set counts for what is saved or
+migrated from then on.  A domain that was saved before is restored by the XML in its save file.
 """
 
 from __future__ import annotations
@@ -64,6 +64,17 @@ async def change_settings(
                 kind,
             )
         return settings
+
+
+async def has_managed_save(uri: str, name: str) -> bool:
+    """Whether the domain's next start restores it, by the settings that it was saved with.
+
+    Raises:
+        LibvirtError: there is no such domain.
+    """
+    async with await Connection.open(uri) as connection:
+        domain = await connection.domain(name)
+        return bool(await connection.call("its managed save", domain.hasManagedSaveImage))
 
 
 async def _parts(connection: Connection, domain: Any) -> tuple[bool, bool]:

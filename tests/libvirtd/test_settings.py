@@ -39,6 +39,14 @@ def test_settings_of_a_domain_are_set_shown_and_removed(
     host.virsh("destroy", "guest")
     assert "eager" in host.tool("libvirt", "show", "guest").stdout
 
+    # What was saved before keeps what it was saved with.
+    host.virsh("start", "guest")
+    host.virsh("managedsave", "guest")
+    assert "managedsave-edit guest" in host.tool("libvirt", "set", "guest").stderr
+    assert "eager" in host.virsh("managedsave-dumpxml", "guest")
+    host.virsh("managedsave-remove", "guest")
+    assert host.tool("libvirt", "set", "guest", "--restore", "eager").stderr == ""
+
     host.tool("libvirt", "unset", "guest")
     assert "http://qemu-postcopy" not in host.virsh("dumpxml", "guest")
     assert "nothing is set" in host.tool("libvirt", "show", "guest").stdout
