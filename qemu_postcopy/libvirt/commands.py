@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -19,12 +20,16 @@ from qemu_postcopy.libvirt.restore import (
 )
 from qemu_postcopy.progress import byte_progress
 from qemu_postcopy.sidecar import process
-from qemu_postcopy.sidecar.rundir import RunDirectory, remove_ended
+from qemu_postcopy.sidecar.rundir import NAME, RunDirectory, remove_ended
 
 
 def run_name_of(domain: str) -> str:
-    """The name of a domain's run directory: as near to its own as a directory's may be."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", domain)[:48].lstrip(".-") or "_"
+    """The name of a domain's run directory: its own where a directory may have that, else one that
+    is like it, and no other domain's."""
+    if NAME.fullmatch(domain):
+        return domain
+    like = re.sub(r"[^A-Za-z0-9_.-]", "_", domain).lstrip(".-")[:39] or "_"
+    return f"{like}-{hashlib.sha256(domain.encode()).hexdigest()[:8]}"
 
 
 def restore_by_libvirt(

@@ -14,7 +14,9 @@ import pytest
 
 from qemu_postcopy.errors import UsageError
 from qemu_postcopy.libvirt import hook, hook_install, hook_xml
+from qemu_postcopy.libvirt.commands import run_name_of
 from qemu_postcopy.libvirt.metadata import NAMESPACE
+from qemu_postcopy.sidecar.rundir import NAME
 
 QEMU = hook_xml.QEMU_NAMESPACE
 PLAIN = "<domain type='kvm'><name>web</name><uuid>u</uuid></domain>"
@@ -144,3 +146,11 @@ def test_only_a_refusal_stops_libvirt(hooks: Path, status: int, expected: int) -
     script.write_text(script.read_text().replace(sys.executable, str(program)))
     done = run_script(script, "restore", OURS)
     assert (done.returncode, done.stdout) == (expected, "")
+
+
+def test_every_domain_has_a_run_directory_of_its_own() -> None:
+    domains = ["web", "my web", "my_web", "my/web", "-web", "ä", "x" * 48, "x" * 49, "x" * 50, "."]
+    names = [run_name_of(domain) for domain in domains]
+    assert names[0] == "web" and names[1].startswith("my_web-")
+    assert len(set(names)) == len(domains)
+    assert all(NAME.fullmatch(name) for name in names)
