@@ -127,7 +127,7 @@ def _offer(
     order = HookedRestore(_uri(), name, uuid, found.path, options)
     run = RunDirectory.create(run_name_of(name))
     try:
-        offer = Offer(run.path, uuid, found.key)
+        offer = Offer(run.path, uuid, found.key, packed=found.format != "raw")
     except BaseException:
         run.discard_unused()
         raise

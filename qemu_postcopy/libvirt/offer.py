@@ -3,10 +3,11 @@
 Step "attach" of a plain ``virsh restore``.  The hook has put the preload library and a socket into
 the domain's environment; the sidecar listens there.  QEMU connects before its `main`, hands its
 userfaultfd over, has what it would load its state from replaced by a pipe of ours, and each piece
-of its memory registered as it is mapped.  The socket may be reached by every user, because QEMU
-runs as one of its own: its name is a secret that only QEMU's environment has, in a directory that
-cannot be listed, and who connects must be a QEMU with the domain's UUID.  One thread, until QEMU's
-memory is there; nothing here may call libvirt, which waits for QEMU meanwhile.
+of its memory registered as it is mapped.  The socket may be reached by every user, because
+QEMU runs as one of its own.  Its name cannot be guessed, and is in the domain's XML and in QEMU's
+environment while that starts; so who connects must be a QEMU with the domain's UUID that has the
+very save file open, or, where that is compressed, the one pipe that it could load from.  One
+thread, until QEMU's memory is there; nothing here may call libvirt, which waits for QEMU meanwhile.
 """
 
 from __future__ import annotations
@@ -68,9 +69,12 @@ class Offer(PreloadServer):
         run_directory: holds a link to the socket, by which the offer is found and withdrawn.
         uuid: of the domain.
         source: device and inode of the save file that libvirt restores.
+        packed: it is compressed, and QEMU loads from the program that unpacks it.
     """
 
-    def __init__(self, run_directory: Path, uuid: str, source: tuple[int, int]) -> None:
+    def __init__(
+        self, run_directory: Path, uuid: str, source: tuple[int, int], *, packed: bool = False
+    ) -> None:
         path = run_directory / "offer.sock"
         mode = 0o600
         if os.geteuid() == 0:
@@ -88,9 +92,8 @@ class Offer(PreloadServer):
         self._uuid = uuid
         self.source = source
         self._channel: socket.socket | None = None
+        self._packed = packed
         self._stream_number = -1
-        # It is the pipe of a program that unpacks the save file.
-        self._unpacks = False
         self._feed = -1
         self._fed = False
         #: address and size of each piece of memory, once :meth:`known` was called
@@ -232,8 +235,8 @@ class Offer(PreloadServer):
         return sizes
 
     def _find_stream(self, identity: ProcessIdentity) -> int:
-        """The number of the descriptor that libvirt has QEMU load from: the save file, or the pipe
-        of the program that unpacks it.
+        """The number of the descriptor that libvirt has QEMU load from: the save file itself, which
+        nobody else could have opened, or the pipe of the program that unpacks it.
 
         Raises:
             AttachError: there is no such, or it cannot be told.
@@ -247,7 +250,9 @@ class Offer(PreloadServer):
                     continue
                 if (found.st_dev, found.st_ino) == self.source:
                     files.append(number)
-                elif stat.S_ISFIFO(found.st_mode) and entry.lstat().st_mode & 0o400:
+                elif (
+                    self._packed and stat.S_ISFIFO(found.st_mode) and entry.lstat().st_mode & 0o400
+                ):
                     pipes.append(number)
         identity.require_alive()
         candidates = files or pipes
@@ -257,7 +262,6 @@ class Offer(PreloadServer):
                 hint="restore it by qemu-postcopy restore --connect",
                 vm=identity.pid,
             )
-        self._unpacks = not files
         return candidates[0]
 
     def _drain(self, pid: int, number: int) -> None:
@@ -278,7 +282,7 @@ class Offer(PreloadServer):
 
     def _before_memory(self, channel: socket.socket) -> None:
         # Only now: until it has handed its userfaultfd over QEMU may load the stream by itself.
-        if self._unpacks:
+        if self._packed:
             assert self.identity is not None
             self._drain(self.identity.pid, self._stream_number)
         read_end, self._feed = os.pipe()

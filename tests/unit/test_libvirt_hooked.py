@@ -247,3 +247,22 @@ def test_memory_that_cannot_is_restored_eagerly(
 ) -> None:
     with pytest.raises(AttachError, match=words):  # QEMU is told to LEAVE
         offer._wanted(starting_with(backends))
+
+
+def test_who_has_not_the_save_file_open_is_not_the_one_that_is_meant(
+    offer: Offer, run_dir: Path
+) -> None:
+    """It could be anybody's QEMU, with a pipe and that UUID."""
+    ourselves = cast(ProcessIdentity, SimpleNamespace(pid=os.getpid(), require_alive=lambda: None))
+    (run_dir / "web.save").touch()
+    with (run_dir / "web.save").open() as file:
+        found = os.fstat(file.fileno())
+        offer.source = (found.st_dev, found.st_ino)
+        assert offer._find_stream(ourselves) == file.fileno()
+    read_end, write_end = os.pipe()
+    try:
+        with pytest.raises(AttachError, match="cannot be told"):
+            offer._find_stream(ourselves)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
