@@ -105,7 +105,7 @@ def test_memory_is_let_go_only_before_the_first_byte_of_state(
 def test_a_guest_that_may_run_is_filled_and_not_ended_where_something_reads_past_us(
     session: Session, monkeypatch: pytest.MonkeyPatch, may_run: bool
 ) -> None:
-    asked = []
+    asked: list[object] = []
 
     class Played:
         async def execute(self, command: str) -> None:
