@@ -90,6 +90,7 @@ async def check_all(
     found = [
         await _state(subject),
         await _name(subject),
+        *await _definition(subject),
         await _machine(subject),
         await _cpu(subject),
         *_devices(subject),
@@ -162,6 +163,32 @@ async def _name(subject: _Subject) -> Check:
             )
         return Check("name", "hint", "defined at the destination, not running; replaced by this")
     return Check("name", "ok", f"{subject.name} is free at the destination")
+
+
+async def _definition(subject: _Subject) -> list[Check]:
+    """What becomes of a persistent domain's definition, at both hosts."""
+    if not await subject.source.call("no state", subject.domain.isPersistent):
+        return []
+    found = []
+    if not subject.options.persistent:
+        found.append(
+            Check(
+                "definition",
+                "hint",
+                "not kept at the destination: gone when it shuts down",
+                "--persistent",
+            )
+        )
+    if not subject.options.undefine_source:
+        found.append(
+            Check(
+                "definition",
+                "hint",
+                "it stays defined at the source, where it could be started a second time",
+                "--undefinesource",
+            )
+        )
+    return found
 
 
 def _hardware(xml: ElementTree.Element) -> tuple[str, str, str]:

@@ -95,7 +95,13 @@ from qemu_postcopy.migrate.report import Report
 @click.option(
     "--watch", is_flag=True, help="Drive a migration that is under way already, such as virsh's."
 )
-@click.option("--watch-only", is_flag=True, help="Only look at it: no switch, no recovery.")
+@click.option(
+    "--watch-only",
+    is_flag=True,
+    help="Only look at it: no switch, no recovery. "
+    "A domain with `libvirt set --postcopy-after N` is switched by that too, whatever is said "
+    "here.",
+)
 @click.option(
     "--supervise",
     is_flag=True,
@@ -134,7 +140,13 @@ def migrate_command(domain: str, destination: str, connect: str, **choices: Any)
     as_json = choices["as_json"]
     attached = choices["watch"] or choices["watch_only"]
     if attached + choices["resume"] + choices["dry_run"] > 1:
-        raise UsageError("--resume, --watch and --dry-run exclude each other", hint="choose one")
+        raise UsageError(
+            "--resume, --watch, --watch-only and --dry-run exclude each other", hint="choose one"
+        )
+    if choices["resume"] and choices["precopy_only"]:
+        raise UsageError(
+            "--resume is of a post-copy, --precopy-only has none", hint="leave one out"
+        )
     if not destination and (not attached or choices["supervise"]):
         raise UsageError(
             "DESTURI is missing", hint="qemu-postcopy migrate web qemu+ssh://beta/system"
@@ -221,7 +233,8 @@ async def _drive(
             checking.refuse(found)
             for check in found:
                 if check.verdict == "hint":
-                    click.echo(f"{check.name}: {check.found}", err=True)
+                    advice = f" ({check.advice})" if check.advice else ""
+                    click.echo(f"{check.name}: {check.found}{advice}", err=True)
         engine = NativeEngine(source, uuid, destination, options)
     except BaseException:
         await source.close()
