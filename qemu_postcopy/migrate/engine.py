@@ -88,6 +88,8 @@ class Engine(Protocol):
     async def switch(self) -> None:
         """Has the guest go on at the destination.
 
+        Returns also where the answer was lost: it may have been heard.
+
         Raises:
             NotYetError: not possible yet, or no longer.
             PostcopyError: it never will be.

@@ -138,7 +138,6 @@ class NativeEngine:
         self._domain: Any = None
         self._subscriptions: dict[str, AsyncExitStack] = {}
         self._queue: asyncio.Queue[tuple[str, str, tuple[Any, ...], float]] = asyncio.Queue()
-        self._pumps: list[asyncio.Task[None]] = []
         self._call: asyncio.Task[Any] | None = None
         self._error: PostcopyError | None = None
         self._passes = 0
@@ -191,6 +190,8 @@ class NativeEngine:
         try:
             await self._of_domain("the switch to post-copy is refused", "migrateStartPostCopy", 0)
         except LibvirtError as error:
+            if self._source is None or not await asyncio.to_thread(_alive, self._source.handle):
+                return  # the daemon went away meanwhile
             # The flag's name is in libvirt's words in every language.
             if "VIR_MIGRATE_POSTCOPY" in error.message or error.code not in (
                 libvirt.VIR_ERR_OPERATION_INVALID,
@@ -439,13 +440,7 @@ class NativeEngine:
             return self._observation(self._last_phase, Statistics())
         connection = await self._reach_destination()
         if connection is None:
-            error = LibvirtError(
-                "the domain has left the source, and the destination is not reached",
-                hint="see virsh list there; its libvirtd may be away",
-            )
-            known = not self._destination_uri and self._final is not None
-            phase = Phase.COMPLETED if known else Phase.UNREACHABLE
-            return self._observation(phase, Statistics(), None if known else error)
+            return await self._gone_unseen()
         try:
             domain = await connection.domain(self._uuid)
             state, reason = await connection.call("no state", domain.state)
@@ -461,6 +456,16 @@ class NativeEngine:
                     hint="see QEMU's log on both hosts: /var/log/libvirt/qemu",
                 ),
             )
+        if state in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
+            return self._observation(
+                Phase.ENDED,
+                Statistics(),
+                self._error
+                or GuestEndedError(
+                    "the domain is shut off at both hosts: it has ended, at one or the other",
+                    hint="see QEMU's log on both hosts: /var/log/libvirt/qemu",
+                ),
+            )
         if state == libvirt.VIR_DOMAIN_RUNNING and reason in (
             libvirt.VIR_DOMAIN_RUNNING_POSTCOPY,
             libvirt.VIR_DOMAIN_RUNNING_POSTCOPY_FAILED,
@@ -468,12 +473,33 @@ class NativeEngine:
             return self._observation(Phase.POSTCOPY, Statistics())
         return self._observation(Phase.COMPLETED, Statistics())
 
-    async def completed_statistics(self) -> Statistics:
-        """libvirt's figures of the completed job: from its event, or from the destination."""
+    async def _gone_unseen(self) -> Observation:
+        """The source has it no more, and nobody can be asked for it."""
+        if self._destination_uri:
+            error = LibvirtError(
+                "the domain has left the source, and the destination is not reached",
+                hint="see virsh list there; its libvirtd may be away",
+            )
+            return self._observation(Phase.UNREACHABLE, Statistics(), error)
+        await self._wait_final()
+        if self._final is not None:
+            return self._observation(Phase.COMPLETED, Statistics())
+        error = LibvirtError(
+            "the domain has left the source; whether it arrived is not known without DESTURI",
+            hint="give it: qemu-postcopy migrate --watch web qemu+ssh://beta/system",
+        )
+        return self._observation(Phase.ENDED, Statistics(), error)
+
+    async def _wait_final(self) -> None:
+        """For the event of a job's end, a second at most."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 while self._final is None:
                     self._take(await self._queue.get())
+
+    async def completed_statistics(self) -> Statistics:
+        """libvirt's figures of the completed job: from its event, or from the destination."""
+        await self._wait_final()
         if self._final is not None:
             return self._final
         connection = await self._reach_destination()
