@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qemu_postcopy.errors import (
+    GuestEndedError,
     MigrationInterruptedError,
     MismatchError,
     OperationCancelledError,
@@ -27,7 +28,11 @@ from qemu_postcopy.migrate.report import Interruption, Report
 INTERVAL = 0.5
 #: Waits between attempts at recovery, in seconds; the last one repeats.
 RETRIES = (1.0, 2.0, 5.0, 10.0)
-
+#: So long an interruption is doubted that has figures, in seconds: libvirt speaks of one also where
+#: it has lost the other host's daemon and QEMU goes on (seen with 9.0 and 11.3).
+DOUBT_SECONDS = 3.0
+#: How libvirt refuses a resume of what was not interrupted (qemuMigrationSrcResume).
+STILL_RUNNING = "migration is still running"
 #: A resume that has had no effect for so long is told, in seconds.
 RESUME_SECONDS = 30.0
 
@@ -73,7 +78,7 @@ class DriveOptions:
         begin: "start" a migration, "resume" an interrupted one, or "watch" what is under way.
         supervise: recover by itself, for as long as it takes.
         stall: seconds without a page after which a post-copy counts as interrupted.
-        unreachable: seconds for which the source's daemon may be away.
+        unreachable: seconds for which the source's daemon may be away; no limit with supervise.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -137,6 +142,11 @@ class Drive:
         self._left: list[int] = []
         self._moving = _Moving()
         self._may_switch = True
+        #: A switch was accepted, or may have been: nothing is aborted from now on.
+        self._switched = False
+        self._lost_sight = False
+        #: Of an interruption that is doubted: the least bytes that were left, and since when.
+        self._doubt: tuple[int, float] | None = None
         self._cancel = False
         self._attempts = 0
         self._next_attempt = 0.0
@@ -187,9 +197,12 @@ class Drive:
             self._end()
         if self.options.begin == "resume" and self.stage is Stage.NEW:
             self._begin_resume()
-        if phase is Phase.INTERRUPTED:
+        if phase is Phase.INTERRUPTED and self._goes_on():
+            self._say_no_to_cancel()
+        elif phase is Phase.INTERRUPTED:
             await self._recover()
         elif phase is Phase.POSTCOPY:
+            self._doubt, self._lost_sight = None, False
             await self._watch_postcopy()
         else:
             await self._watch_precopy(phase)
@@ -201,18 +214,24 @@ class Drive:
             self._away_since = now
             reason = self._seen.error.message if self._seen.error else ""
             self._tell(f"libvirt does not answer; QEMU goes on without it ({reason})")
-        elif now - self._away_since > self.options.unreachable:
+        elif not self.options.supervise and now - self._away_since > self.options.unreachable:
             raise MigrationInterruptedError(
                 f"{self._domain}: libvirt has not answered for {self.options.unreachable:.0f} s",
                 hint="QEMU goes on with the migration; start libvirtd on both hosts, then: "
                 "qemu-postcopy migrate --watch",
+            )
+        if self._cancel:
+            raise MigrationInterruptedError(
+                f"no longer watching; what becomes of the migration of {self._domain} is not known",
+                hint="QEMU goes on with it; look again: qemu-postcopy migrate --watch",
             )
 
     def _end(self) -> None:
         """No migration is under way, and the guest is not at the destination."""
         before = self.stage
         self._enter(Stage.ENDED)
-        if self._cancel and before is not Stage.NEW:
+        ended = isinstance(self._seen.error, GuestEndedError)
+        if self._cancel and before is not Stage.NEW and not ended:
             raise OperationCancelledError(
                 f"the migration of {self._domain} was aborted",
                 hint="the guest runs on at the source, nothing is left at the destination",
@@ -241,7 +260,10 @@ class Drive:
     async def _watch_precopy(self, phase: Phase) -> None:
         if self.stage not in (Stage.SWITCHING, Stage.CANCELLING):
             self._enter(Stage.PRECOPY if phase is Phase.PRECOPY else Stage.SETUP)
-        if self._cancel:
+        if self._switched:
+            # libvirt may still call it pre-copy: an abort now could let the guest run on both.
+            self._say_no_to_cancel()
+        elif self._cancel:
             await self._abort()
             return
         if not self._may_switch or self.stage is Stage.CANCELLING:
@@ -258,6 +280,7 @@ class Drive:
             self._tell(f"switching to post-copy: {reason}")
         try:
             await self.engine.switch()
+            self._switched = True
         except NotYetError:
             return  # asked again at the next look, while pre-copy lasts
         except PostcopyError as error:
@@ -309,9 +332,30 @@ class Drive:
                 hint="qemu-postcopy migrate --watch looks at it again",
             )
         self._tell(
-            "post-copy cannot be aborted: the guest's newest memory is at the destination, "
-            "the rest at the source. Going on"
+            "post-copy cannot be aborted: the guest goes on, or already runs, at the destination. "
+            "Going on"
         )
+
+    def _goes_on(self) -> bool:
+        """Whether pages come, or may come, although libvirt takes it for interrupted."""
+        figures, now = self._seen.statistics, time.monotonic()
+        if not figures.total or self._seen.busy:
+            return False
+        before = self._doubt
+        if before is None or figures.remaining < before[0]:
+            self._doubt = (figures.remaining, now)
+            if before is None:
+                self._tell("libvirt takes it for interrupted; looking whether pages come")
+                return True
+            if self.stage in (Stage.INTERRUPTED, Stage.RECOVERING):
+                self.report.interruptions[-1].end(now)
+            self._attempts = 0
+            self._enter(Stage.POSTCOPY)
+            if not self._lost_sight:
+                self._lost_sight = True
+                self._tell("libvirt has lost sight of it, and QEMU goes on: pages come")
+            return True
+        return now - before[1] < DOUBT_SECONDS
 
     async def _recover(self) -> None:
         now = time.monotonic()
@@ -334,7 +378,9 @@ class Drive:
             )
         if self._seen.busy or now < self._next_attempt:
             return
-        resuming = self.options.begin == "resume" and self._attempts == 0
+        error = self._seen.error
+        still = error is not None and STILL_RUNNING in error.message
+        resuming = self.options.begin == "resume" and (self._attempts == 0 or still)
         if not self.options.supervise and not resuming:
             raise self._interrupted()
         self._next_attempt = now + RETRIES[min(self._attempts, len(RETRIES) - 1)]
@@ -358,7 +404,9 @@ class Drive:
         return MigrationInterruptedError(
             f"post-copy of {self._domain} is interrupted{reason}",
             hint="nothing is lost: the guest waits at the destination for pages of the source. "
-            "Leave both QEMUs alone, mend what broke, then run the same command with --resume",
+            "If only libvirtd was restarted, QEMU may go on and libvirt end it by itself: "
+            "qemu-postcopy migrate --watch. Else leave both QEMUs alone, mend what broke, then "
+            "run the same command with --resume",
         )
 
     # ---- bookkeeping ----

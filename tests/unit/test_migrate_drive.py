@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from qemu_postcopy.errors import (
+    GuestEndedError,
     LibvirtError,
     MigrationInterruptedError,
     OperationCancelledError,
@@ -33,6 +34,7 @@ def precopy(passes: int, left: int = 100) -> Observation:
 POSTCOPY = Observation(Phase.POSTCOPY, 3, Statistics(total=100 * MIB, remaining=MIB))
 INTERRUPTED = Observation(Phase.INTERRUPTED, 3, error=BROKEN)
 COMPLETED = Observation(Phase.COMPLETED)
+AWAY = Observation(Phase.UNREACHABLE, error=BROKEN)
 ENDED = Observation(Phase.ENDED)
 
 
@@ -140,6 +142,35 @@ def test_ctrl_c_in_post_copy_says_that_it_cannot_be_and_goes_on() -> None:
     assert any("cannot be aborted" in news.text for news in told)
 
 
+def test_ctrl_c_after_the_switch_was_accepted_aborts_nothing() -> None:
+    told: list[News] = []
+    engine = PlayedEngine(precopy(1), precopy(1), POSTCOPY, COMPLETED)
+    drive = driven(engine, DriveOptions(Policy(passes=0)), told)
+    engine.before = lambda left: drive.request_cancel() if left == 3 else None
+    run(drive)
+    assert "cancel" not in engine.asked
+    assert any("cannot be aborted" in news.text for news in told)
+
+
+def test_ctrl_c_aborts_where_the_switch_was_refused() -> None:
+    engine = PlayedEngine(precopy(1), precopy(1), ENDED, refuse=NotYetError("early"))
+    drive = driven(engine, DriveOptions(Policy(passes=0)))
+    engine.before = lambda left: drive.request_cancel() if left == 2 else None
+    with pytest.raises(OperationCancelledError):
+        run(drive)
+    assert engine.asked == ["start", "switch", "cancel"]
+
+
+def test_a_guest_that_has_ended_is_not_said_to_run_on_after_ctrl_c() -> None:
+    engine = PlayedEngine(
+        precopy(1), precopy(1), Observation(Phase.ENDED, error=GuestEndedError("at both hosts"))
+    )
+    drive = driven(engine)
+    engine.before = lambda left: drive.request_cancel() if left == 2 else None
+    with pytest.raises(GuestEndedError):
+        run(drive)
+
+
 def test_ctrl_c_leaves_somebody_elses_migration_alone() -> None:
     engine = PlayedEngine(precopy(1), precopy(1))
     drive = driven(engine, DriveOptions(begin="watch"))
@@ -173,6 +204,52 @@ def test_resume_takes_up_once_and_does_not_insist() -> None:
     assert engine.asked == ["resume"]
 
 
+def lost(left: int, error: PostcopyError = BROKEN) -> Observation:
+    """What libvirt takes for interrupted, with so many MiB left."""
+    return Observation(
+        Phase.INTERRUPTED, 3, Statistics(total=100 * MIB, remaining=left * MIB), error
+    )
+
+
+@pytest.mark.parametrize("supervise", [False, True])
+def test_a_post_copy_whose_pages_come_is_not_taken_for_interrupted(supervise: bool) -> None:
+    told: list[News] = []
+    engine = PlayedEngine(precopy(3), POSTCOPY, lost(50), lost(40), lost(0), COMPLETED)
+    report = run(driven(engine, DriveOptions(supervise=supervise), told))
+    assert "resume" not in engine.asked and report.interruptions == []
+    assert len([news for news in told if "QEMU goes on" in news.text]) == 1
+
+
+def test_a_post_copy_whose_figures_stand_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DOUBT_SECONDS", 0.0)
+    engine = PlayedEngine(precopy(3), POSTCOPY, lost(50), lost(50))
+    with pytest.raises(MigrationInterruptedError, match="network is gone"):
+        run(driven(engine))
+
+
+def test_an_interruption_during_which_pages_come_again_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "DOUBT_SECONDS", 0.0)
+    engine = PlayedEngine(precopy(3), POSTCOPY, lost(50), lost(50), lost(40), lost(0), COMPLETED)
+    report = run(driven(engine, DriveOptions(supervise=True)))
+    assert engine.asked == ["start", "switch", "resume"]
+    (interruption,) = report.interruptions
+    assert interruption.seconds is not None
+
+
+def test_a_resume_refused_because_qemu_goes_on_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "DOUBT_SECONDS", 0.0)
+    refused = lost(
+        50, LibvirtError("it cannot be resumed: QEMU reports migration is still running")
+    )
+    engine = PlayedEngine(lost(50), lost(50), refused, refused, COMPLETED)
+    run(driven(engine, DriveOptions(begin="resume")))
+    assert engine.asked == ["resume", "resume", "resume"]
+
+
 def test_there_is_nothing_to_resume_in_pre_copy_or_without_a_migration() -> None:
     for seen in (precopy(1), ENDED):
         with pytest.raises(StateError):
@@ -189,10 +266,24 @@ def test_a_post_copy_without_pages_counts_as_interrupted_where_it_is_supervised(
 
 
 def test_a_daemon_that_is_away_for_a_while_is_borne_and_one_away_for_long_is_told() -> None:
-    away = Observation(Phase.UNREACHABLE, error=BROKEN)
-    run(driven(PlayedEngine(precopy(1), away, away, precopy(2), COMPLETED)))
+    run(driven(PlayedEngine(precopy(1), AWAY, AWAY, precopy(2), COMPLETED)))
     with pytest.raises(MigrationInterruptedError, match="libvirt"):
-        run(driven(PlayedEngine(precopy(1), away, away), DriveOptions(unreachable=-1.0)))
+        run(driven(PlayedEngine(precopy(1), AWAY, AWAY), DriveOptions(unreachable=-1.0)))
+
+
+def test_a_supervised_migration_is_not_given_up_while_its_daemon_is_away() -> None:
+    engine = PlayedEngine(precopy(1), AWAY, AWAY, AWAY, precopy(2), COMPLETED)
+    run(driven(engine, DriveOptions(supervise=True, unreachable=-1.0)))
+
+
+@pytest.mark.parametrize("supervise", [False, True])
+def test_ctrl_c_ends_the_wait_for_a_daemon_that_is_away_and_aborts_nothing(supervise: bool) -> None:
+    engine = PlayedEngine(precopy(1), AWAY, AWAY)
+    drive = driven(engine, DriveOptions(supervise=supervise))
+    engine.before = lambda left: drive.request_cancel() if left == 1 else None
+    with pytest.raises(MigrationInterruptedError, match="not known"):
+        run(drive)
+    assert engine.asked == ["start"]
 
 
 def test_a_migration_that_fails_in_pre_copy_raises_what_the_engine_said() -> None:
