@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from libvirtd.conftest import STACKS, Hosts
 from libvirtd.daemons import Host
-from libvirtd.domains import MIB, Domain, start_domain
+from libvirtd.domains import MIB, Domain, domain_xml, start_domain
 from libvirtd.network import Link
 from vm.guests import PATIENCE, wait_until
 
@@ -287,6 +287,39 @@ def test_where_a_resume_would_crash_libvirt_the_guest_is_left_waiting(
     said = new_pair.source.tool("migrate", "--resume", "guest", new_pair.target.uri, status=5)
     assert "nothing is lost" in said.stderr
     assert new_pair.where() == (["guest"], ["guest"])
+
+
+@pytest.mark.parametrize("side", [pytest.param("source", marks=pytest.mark.soak), "target"])
+def test_a_post_copy_is_seen_through_while_a_libvirtd_is_killed_and_started_again(
+    pair: Pair, shared_guest: GuestImage, shared_dir: Path, side: str
+) -> None:
+    domain = busy_domain(pair, shared_guest, shared_dir)
+    pair.link.limit(16 * MIB)
+    begun = pair.begin("--after-passes", 0)
+    interrupted_soon(pair, domain)
+    host = pair.source if side == "source" else pair.target
+    host.restart_daemon("libvirtd", signal.SIGKILL)
+    report = begun.report()
+    assert pair.where() == ([], ["guest"])
+    domain.console.wait_passes(1)
+    assert report["mode"] == "post-copy" and report["interruptions"] == []
+
+
+def test_a_domain_that_is_off_at_both_hosts_is_not_said_to_have_moved(
+    new_pair: Pair, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    file = shared_dir / "guest.xml"
+    file.write_text(domain_xml("guest", shared_guest, shared_dir / "guest.console"))
+    new_pair.source.virsh("define", file)
+    file.write_text(new_pair.source.virsh("dumpxml", "guest"))  # with its UUID
+    new_pair.target.virsh("define", file)
+    said = new_pair.source.tool("migrate", "--watch", "guest", new_pair.target.uri, status=13)
+    assert "shut off at both hosts" in said.stderr
+    said = new_pair.source.tool("migrate", "--watch", "guest", status=14)
+    assert "without DESTURI" in said.stderr
+    # And what becomes of its two definitions is told before a migration.
+    said = new_pair.source.tool("migrate", "--dry-run", "guest", new_pair.target.uri, status=5)
+    assert "--persistent" in said.stdout and "--undefinesource" in said.stdout
 
 
 def test_a_migration_that_virsh_began_is_watched_and_switched(
