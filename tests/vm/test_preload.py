@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -252,6 +253,14 @@ def test_programs_that_are_no_qemu_are_left_alone(elsewhere: Elsewhere) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{library()}\n", "")
 
 
+@pytest.fixture
+def readable() -> Iterator[Path]:
+    """The library where every user can read it: tox's directory is closed to others."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(shutil.copy(library(), directory))
+
+
 #: Shells, interpreters, tools that start others, programs with other rights, QEMU's other ones.
 REAL_PROGRAMS = [
     ["bash", "-c", "for i in 1 2 3; do (cat /dev/null; exec true) & done; wait; echo $((1 + 1))"],
@@ -276,7 +285,9 @@ REAL_PROGRAMS = [
 
 
 @pytest.mark.needs("cc")
-def test_it_can_be_loaded_into_anything(elsewhere: Elsewhere, run_dir: Path) -> None:
+def test_it_can_be_loaded_into_anything(
+    elsewhere: Elsewhere, run_dir: Path, readable: Path
+) -> None:
     """Each does and says what it does and says without the library."""
     source = Path(__file__).parent / "odd_program.c"
     for name, *flags in (["odd"], ["odd-static", "-static"], ["odd-now", "-Wl,-z,now"]):
@@ -288,7 +299,7 @@ def test_it_can_be_loaded_into_anything(elsewhere: Elsewhere, run_dir: Path) -> 
         if not shutil.which(command[0]):
             continue
         variables = {"TMPDIR": str(run_dir)}
-        with_it = elsewhere.run(*command, **variables)
+        with_it = elsewhere.run(*command, LD_PRELOAD=str(readable), **variables)
         without = elsewhere.run(*command, LD_PRELOAD="", **variables)
         assert (with_it.returncode, with_it.stdout, with_it.stderr) == (
             without.returncode, without.stdout, without.stderr,

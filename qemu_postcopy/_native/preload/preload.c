@@ -348,6 +348,8 @@ static void __attribute__((constructor)) begin(void)
 
     if (!path || !is_meant())
         return;
+    if (!optional)
+        refuse_daemonize(); /* where it is optional, a QEMU that is left alone may be a daemon */
     if (!connect_to(path, optional)) {
         clear_environment();
         errno = saved;
