@@ -348,13 +348,13 @@ static void __attribute__((constructor)) begin(void)
 
     if (!path || !is_meant())
         return;
-    if (!optional)
-        refuse_daemonize(); /* where it is optional, a QEMU that is left alone may be a daemon */
     if (!connect_to(path, optional)) {
         clear_environment();
         errno = saved;
         return;
     }
+    if (!optional)
+        refuse_daemonize();
     got = optional ? try_receive(&welcome, sizeof(welcome), &device)
                    : receive(&welcome, sizeof(welcome), &device);
     if (optional && is_left(&welcome, got, device)) {
@@ -364,7 +364,8 @@ static void __attribute__((constructor)) begin(void)
         errno = saved;
         return;
     }
-    refuse_daemonize();
+    if (optional)
+        refuse_daemonize();
     if (got < (ssize_t)sizeof(welcome.head) || welcome.head.protocol != PROTOCOL ||
         welcome.head.kind != WELCOME || welcome.head.number < 1 ||
         welcome.head.number > MOST_BLOCKS ||
