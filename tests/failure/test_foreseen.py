@@ -172,15 +172,15 @@ def test_asked_to_end_right_after_the_end(
     """QEMU lets the guest run by itself as soon as it has the end: the guest may run, though nobody
     has said so yet.  All of its memory is filled, and it goes on alone."""
     stopped = StoppedRestore(
-        "before:Gate.close", lab, "restore", "--foreground", "--name", "r", "--no-background",
-        snapshot.image,
+        "before:migration._loaded", lab, "restore", "--foreground", "--name", "r",
+        "--no-background", snapshot.image,
     )  # fmt: skip
     guest = guest_of_record(lab, "r")
     stopped.process.send_signal(number)
     stopped.process.send_signal(signal.SIGCONT)
     _, said = stopped.process.communicate(timeout=60)
     assert stopped.process.returncode == 0, said
-    assert "filling the rest" in said
+    assert '"state": "detached"' in said
     assert guest.registered_ranges() == 0
     goes_on_from(guest, snapshot)
     guest.console.wait_passes(2)
@@ -188,7 +188,7 @@ def test_asked_to_end_right_after_the_end(
 
 def test_asked_to_serve_in_the_background_right_after_the_end(lab: Lab, snapshot: Snapshot) -> None:
     stopped = StoppedRestore(
-        "before:Gate.close", lab, "restore", "--foreground", "--name", "r", snapshot.image
+        "before:migration._loaded", lab, "restore", "--foreground", "--name", "r", snapshot.image
     )
     guest = guest_of_record(lab, "r")
     stopped.process.send_signal(signal.SIGQUIT)
