@@ -218,7 +218,8 @@ class Host:
     def stop_daemon(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
         """Ends a daemon by a signal and waits for that; its guests run on."""
         for pid in self.processes(f"/usr/sbin/{name}"):
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it was forked for a moment
+                os.kill(pid, number)
         self._daemons.pop(name).wait(PATIENCE)
         # A killed one leaves its socket, which must not be taken for that of the next.
         (self.directory / f"run/libvirt/{socket_name(name)}").unlink(missing_ok=True)
@@ -226,6 +227,12 @@ class Host:
     def daemon_parent(self, name: str) -> int:
         """The PID of what has started a daemon and waits for it."""
         return self._daemons[name].pid
+
+    def daemon(self, name: str) -> int:
+        """The PID of a daemon; what it forks looks just like it before it becomes what it runs."""
+        parent = self.daemon_parent(name)
+        (pid,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return int(pid)
 
     def restart_daemon(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
         self.stop_daemon(name, number)

@@ -151,7 +151,7 @@ def test_nothing_is_lost_when_somebody_is_killed(
     content = path.read_bytes()
     stalled = shared_dir / "stall.toml"
     stalled.write_text(STALL)
-    (daemon,) = host.processes("/usr/sbin/libvirtd")
+    daemon = host.daemon("libvirtd")
     for victim in ("sidecar", "command", "libvirtd"):
         if stage == "connecting":
             if victim == "libvirtd":
