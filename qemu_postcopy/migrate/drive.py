@@ -30,7 +30,7 @@ INTERVAL = 0.5
 RETRIES = (1.0, 2.0, 5.0, 10.0)
 #: So long an interruption is doubted that has figures, in seconds: libvirt speaks of one also where
 #: it has lost the other host's daemon and QEMU goes on (seen with 9.0 and 11.3).
-DOUBT_SECONDS = 3.0
+DOUBT_SECONDS = 5.0
 #: How libvirt refuses a resume of what was not interrupted (qemuMigrationSrcResume).
 STILL_RUNNING = "migration is still running"
 #: A resume that has had no effect for so long is told, in seconds.
@@ -339,10 +339,11 @@ class Drive:
     def _goes_on(self) -> bool:
         """Whether pages come, or may come, although libvirt takes it for interrupted."""
         figures, now = self._seen.statistics, time.monotonic()
-        if not figures.total or self._seen.busy:
-            return False
         before = self._doubt
-        if before is None or figures.remaining < before[0]:
+        if self._seen.busy or (before is None and not figures.total):
+            return False
+        # libvirt has no figures of a job that is just ending.
+        if before is None or (figures.total and figures.remaining < before[0]):
             self._doubt = (figures.remaining, now)
             if before is None:
                 self._tell("libvirt takes it for interrupted; looking whether pages come")

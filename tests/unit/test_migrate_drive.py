@@ -214,7 +214,7 @@ def lost(left: int, error: PostcopyError = BROKEN) -> Observation:
 @pytest.mark.parametrize("supervise", [False, True])
 def test_a_post_copy_whose_pages_come_is_not_taken_for_interrupted(supervise: bool) -> None:
     told: list[News] = []
-    engine = PlayedEngine(precopy(3), POSTCOPY, lost(50), lost(40), lost(0), COMPLETED)
+    engine = PlayedEngine(precopy(3), POSTCOPY, lost(50), lost(40), lost(0), INTERRUPTED, COMPLETED)
     report = run(driven(engine, DriveOptions(supervise=supervise), told))
     assert "resume" not in engine.asked and report.interruptions == []
     assert len([news for news in told if "QEMU goes on" in news.text]) == 1
