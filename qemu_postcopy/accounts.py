@@ -66,9 +66,11 @@ class Accounts:
         #: whether QEMU itself has said which threads are its virtual CPUs
         self._asked = bool(names)
         self._vcpus_named: list[int] = []
-        self._name_vcpus()
+        self.name_vcpus()
 
-    def _name_vcpus(self) -> None:
+    def name_vcpus(self) -> None:
+        """Tells the pager the virtual CPUs as far as they are known: times when all of them stood
+        still count from then on.  They may be there only when QEMU has started."""
         vcpus = self._origins.vcpus()
         if vcpus != self._vcpus_named:
             self._vcpus_named = vcpus
@@ -84,7 +86,7 @@ class Accounts:
             self._asked = True
         except PostcopyError as error:
             log.warning("QEMU does not tell its threads, faults are not told apart: %s", error)
-        self._name_vcpus()
+        self.name_vcpus()
 
     def threads(self) -> dict[str, str]:
         """Name by thread id of what QEMU has told, for whoever takes over; empty: nothing yet."""
@@ -138,7 +140,7 @@ class Accounts:
         """
         if not self._asked:
             self._origins.find_vcpus()
-            self._name_vcpus()
+            self.name_vcpus()
         threads = self._pager.threads()
         now = time.monotonic_ns()
         origins = self._origins.describe(threads, now)

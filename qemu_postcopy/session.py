@@ -805,6 +805,8 @@ class Session:
             raise MismatchError(f"the guest cannot start: {reason}", hint=hint) from error
         self._resumed = True
         self._enter(State.RUNNING)
+        if self.accounts is not None:
+            self.accounts.name_vcpus()
 
     def is_let_run_by_others(self) -> None:
         """libvirt lets the guest run, or not, as it was told: there is nothing to do."""
