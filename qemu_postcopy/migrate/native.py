@@ -25,6 +25,7 @@ EVENTS = ("LIFECYCLE", "MIGRATION_ITERATION", "JOB_COMPLETED")
 OUTGOING = 5
 #: What the figures of a migration under way say of it (virDomainJobType: UNBOUNDED).
 UNDER_WAY = {"operation": OUTGOING, "type": 2}
+AFTER_SWITCH = (Phase.POSTCOPY, Phase.INTERRUPTED)
 #: How long figures are waited for, in seconds.
 FIGURES_SECONDS = 0.3
 #: How long a daemon that went away is given before the next try, in seconds.
@@ -414,10 +415,12 @@ class NativeEngine:
                 return Phase.POSTCOPY
             if reason == libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED:
                 return Phase.INTERRUPTED
-            if reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
-                return Phase.PRECOPY  # the last of it
         if state in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
             return Phase.COMPLETED
+        if state != libvirt.VIR_DOMAIN_RUNNING and self._last_phase in AFTER_SWITCH:
+            return Phase.POSTCOPY  # libvirt is ending it, and has another reason or state meanwhile
+        if (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION):
+            return Phase.PRECOPY  # the last of it
         outgoing = statistics.raw.get("operation") == OUTGOING and statistics.raw.get("type")
         if outgoing or (calling and self._last_phase is Phase.PRECOPY):
             return Phase.PRECOPY if max(self._passes, statistics.passes) else Phase.SETUP
