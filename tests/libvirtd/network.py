@@ -60,3 +60,7 @@ class Link:
         rate = f"{bytes_per_second * 8 // 1000}kbit"
         self.left.run("tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf", "rate", rate,
                       "burst", "256kb", "latency", "50ms")  # fmt: skip
+
+    def unlimit(self) -> None:
+        """Takes what :meth:`limit` set away."""
+        self.left.run("tc", "qdisc", "del", "dev", INTERFACE, "root")

@@ -120,6 +120,7 @@ def joined(hosts: Hosts, stack: str) -> Iterator[Pair]:
     finally:
         SYSCTL.write_text(before)
         link.mend()
+        link.unlimit()
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.needs(name)) for name in STACKS])
@@ -279,9 +280,11 @@ def test_an_interrupted_post_copy_is_resumed_by_another_run(
 def test_where_a_resume_would_crash_libvirt_the_guest_is_left_waiting(
     new_pair: Pair, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
-    busy_domain(new_pair, shared_guest, shared_dir)
-    begun = new_pair.begin()
-    new_pair.wait_postcopy()
+    domain = busy_domain(new_pair, shared_guest, shared_dir)
+    new_pair.link.limit(16 * MIB)
+    begun = new_pair.begin("--after-passes", 0)
+    # One that is interrupted before the guest has begun there ends the QEMU there.
+    interrupted_soon(new_pair, domain)
     new_pair.source.virsh("domjobabort", "--postcopy", "guest")
     begun.report(status=15)
     said = new_pair.source.tool("migrate", "--resume", "guest", new_pair.target.uri, status=5)
