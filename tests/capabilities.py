@@ -58,7 +58,11 @@ def libvirt() -> str:
     finding = software.libvirt_finding()
     if finding.status != "ok" or not finding.data["python_module"]:
         return f"libvirt: {finding.found}"
-    programs = ("unshare", "nsenter", "setpriv", "ip", "mount")
+    # What makes hosts and their network, and what virsh packs save files by.
+    programs = (
+        *("unshare", "nsenter", "setpriv", "mount", "fincore", "ip", "tc", "ss", "iptables"),
+        *("gzip", "bzip2", "xz", "lzop", "zstd"),
+    )
     lacking = [name for name in programs if not shutil.which(name)]
     return f"no {', '.join(lacking)} on PATH" if lacking else root()
 
@@ -92,6 +96,13 @@ def cc() -> str:
 
 def aarch64_cc() -> str:
     return "" if shutil.which("aarch64-linux-gnu-gcc") else "no aarch64-linux-gnu-gcc on PATH"
+
+
+def checkers() -> str:
+    """What checks the data that is shipped: rules for AppArmor and SELinux, an XML schema."""
+    programs = ("apparmor_parser", "checkmodule", "semodule_package", "xmllint")
+    lacking = [name for name in programs if not shutil.which(name)]
+    return f"no {', '.join(lacking)} on PATH" if lacking else ""
 
 
 def root() -> str:
@@ -128,6 +139,7 @@ PROBES: dict[str, Callable[[], str]] = {
         guest,
         cc,
         aarch64_cc,
+        checkers,
         root,
         tap,
     ]

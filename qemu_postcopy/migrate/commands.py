@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qemu_postcopy.cli import size
-from qemu_postcopy.errors import UsageError
+from qemu_postcopy.errors import PostcopyError, UsageError
 from qemu_postcopy.libvirt.connection import Connection
 from qemu_postcopy.migrate import checks as checking
 from qemu_postcopy.migrate.drive import Drive, DriveOptions
@@ -253,9 +253,9 @@ async def _find(source: Connection, name: str, destination: str) -> Any:
     """The domain at the source, or (transient, and moved meanwhile) at the destination."""
     try:
         return await source.domain(name)
-    except Exception:
+    except PostcopyError:
         if destination:
-            with suppress(Exception):
+            with suppress(PostcopyError):
                 async with await Connection.open(destination) as target:
                     return await target.domain(name)
         raise

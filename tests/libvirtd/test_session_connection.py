@@ -90,11 +90,20 @@ def pid_inside(pid: int) -> int:
     return int(line.split()[-1])
 
 
+@pytest.fixture
+def nobody_without_rights() -> Iterator[None]:
+    """A machine on which not everybody may have a userfaultfd, as it is by default."""
+    setting = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    before = setting.read_text()
+    setting.write_text("0")
+    yield
+    setting.write_text(before)
+
+
+@pytest.mark.usefixtures("nobody_without_rights")
 def test_the_right_that_a_user_lacks_is_named_and_the_save_file_stays(
     host: Host, saved: tuple[GuestConsole, Path]
 ) -> None:
-    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
-        pytest.skip("everybody may have a userfaultfd here (vm.unprivileged_userfaultfd)")
     console, path = saved
     content = path.read_bytes()
     said = host.tool("restore", "--connect", URI, path, user=OPERATOR, status=6).stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ profile qpc_test flags=(attach_disconnected) {
 """
 
 
-@pytest.mark.skipif(not shutil.which("apparmor_parser"), reason="needs apparmor_parser")
+@pytest.mark.needs("checkers")
 def test_apparmor_understands_the_rules(run_dir: Path) -> None:
     profile = run_dir / "profile"
     profile.write_text(PROFILE % confinement.APPARMOR.read_text())
@@ -32,12 +31,11 @@ def test_apparmor_understands_the_rules(run_dir: Path) -> None:
     assert subprocess.run(["apparmor_parser", "-Q", "-K", str(profile)], check=False).returncode
 
 
-@pytest.mark.skipif(not shutil.which("checkmodule"), reason="needs checkmodule")
+@pytest.mark.needs("checkers")
 def test_selinux_compiles_the_module(run_dir: Path) -> None:
     for command in confinement.steps()["selinux"][:2]:
-        if shutil.which(command.split()[0]):
-            subprocess.run(command, shell=True, cwd=run_dir, check=True)
-            assert (run_dir / command.split(" -o ")[1].split()[0]).stat().st_size > 0
+        subprocess.run(command, shell=True, cwd=run_dir, check=True)
+        assert (run_dir / command.split(" -o ")[1].split()[0]).stat().st_size > 0
 
 
 def test_the_rules_name_the_paths_that_are_used() -> None:

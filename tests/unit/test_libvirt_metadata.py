@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
@@ -71,7 +70,7 @@ def test_a_domain_without_it_asks_for_nothing() -> None:
     assert settings_in(ElementTree.fromstring("<domain/>")) is None
 
 
-@pytest.mark.skipif(not shutil.which("xmllint"), reason="needs xmllint (libxml2-utils)")
+@pytest.mark.needs("checkers")
 def test_the_schema_and_the_parser_agree(run_dir: Path) -> None:
     for number, text in enumerate([*GOOD, *BAD]):
         path = run_dir / f"{number}.xml"
