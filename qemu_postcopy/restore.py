@@ -30,6 +30,7 @@ from qemu_postcopy.errors import (
     StateError,
     UsageError,
 )
+from qemu_postcopy.launched import LaunchedSession
 from qemu_postcopy.session import Session, SessionOptions, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory
@@ -98,20 +99,25 @@ async def restore(
     from qemu_postcopy.image.image import Image
 
     image = Image.open(options.image)
-    session = Session(image, run, options.session, listener)
+    launched = None
+    if options.qmp is None:
+        launched = LaunchedSession(image, run, options.session, listener)
+    session = launched or Session(image, run, options.session, listener)
     control = ControlServer(run.control_socket, handlers(session))
     with ending_by_signals(session):
         try:
             if options.verify:
                 await verify_image(image)
-            if options.qmp is not None:
-                await session.find(options.qmp)
-            else:
+            if launched is not None:
+                as_recorded = options.launches_as_recorded(image.manifest)
                 argv = command_line(image.manifest, options, run)
-                await session.launch(argv, as_recorded=options.launches_as_recorded(image.manifest))
+                await launched.launch(argv, as_recorded=as_recorded)
+            elif options.qmp is not None:
+                await session.find(options.qmp)
             session.attach()
             session.serve()
-            await session.begin_to_load()
+            if launched is not None:
+                await launched.begin_to_load()
             await control.start()
             await session.load_device_state()
             if not options.paused:

@@ -17,10 +17,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -37,7 +35,6 @@ from qemu_postcopy.errors import (
     QmpError,
     SidecarError,
     StateError,
-    TargetGoneError,
     UsageError,
 )
 from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord, boot_id
@@ -51,12 +48,11 @@ if TYPE_CHECKING:
     from qemu_postcopy.paging.prefetch import WorkingSet
     from qemu_postcopy.paging.source import Source
     from qemu_postcopy.vm.attach import TakenDescriptor
-    from qemu_postcopy.vm.gate import Gate
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
     from qemu_postcopy.vm.monitor import Monitor
     from qemu_postcopy.vm.process import ProcessIdentity
-    from qemu_postcopy.vm.ways import AttachWay, WayChoice
+    from qemu_postcopy.vm.ways import WayChoice
 
 log = logging.getLogger(__name__)
 
@@ -197,20 +193,13 @@ class Session:
         self._owned: QemuProcess | None = None
         self._qmp: Monitor | None = None
         self._layout: list[RamBlock] = []
-        #: what a launched QEMU loads its state through
-        self._gate: Gate | None = None
-        #: how much of it is let in, and up to where it may be before QEMU has said what it has
-        self._let_in = self._held_from = 0
-        #: the one block, where it was seen before QEMU could be asked
-        self._foreseen: RamBlock | None = None
         #: how the userfaultfd is had
         self.attached_by = "ptrace"
-        self._way: AttachWay | None = None
         #: whom to ask what QEMU maps: QEMU's identity, or what knows it without looking
         self._target: ProcessIdentity | None = None
         self._userfaultfd = -1
         self._userfaultfd_number = -1
-        # Whoever has handed the descriptor over has settled its features.
+        # Whether whoever has handed the descriptor over has settled its features.
         self._negotiated = False
         self._features = 0
         self._device_state = -1
@@ -242,134 +231,6 @@ class Session:
         self._cleanup = contextlib.ExitStack()
 
     # --- the steps -------------------------------------------------------------------------------
-
-    async def launch(self, argv: list[str], *, as_recorded: bool = False) -> None:
-        """Starts QEMU and checks that it fits.
-
-        QEMU takes 30 to 50 ms to start, and longer the more we do meanwhile: two threads of a
-        processor share it.  So what needs nothing of QEMU is done before, and only what needs no
-        answer of it while it starts.
-
-        Args:
-            argv: without monitor, with ``-incoming defer`` (spec.restore_arguments).
-            as_recorded: it is the image's own command line: where that is plain, QEMU loads through
-                a gate, and what the command line makes certain is not asked.
-
-        Raises:
-            LaunchError: it did not start; carries its output.
-            MismatchError: it is not a QEMU that this image can be resumed in.
-            AttachError: rights are missing.
-        """
-        from qemu_postcopy.paging import registration
-        from qemu_postcopy.vm.fit import check_version, launch_failure
-        from qemu_postcopy.vm.foresight import foreseeable
-        from qemu_postcopy.vm.gate import Gate
-        from qemu_postcopy.vm.launch import launch
-        from qemu_postcopy.vm.spec import memory_files
-
-        self._require(State.FOUND)
-        if paths := memory_files(argv):
-            from qemu_postcopy.vm.emptiness import refuse_used_files
-
-            refuse_used_files(paths)
-        self._features = registration.kernel_features()
-        self._way = way = self._choose_way()
-        self.attached_by = way.name
-        passed = []
-        if as_recorded and way.name == "ptrace" and foreseeable(argv, self.image.manifest):
-            self._gate = Gate()
-            self._cleanup.callback(self._gate.close)
-            argv = self._gate.put_into(argv)
-            passed.append(self._gate.reader)
-        self._runs_by_itself = "-S" not in argv
-        self._prepare()
-        # Before there is a QEMU that nobody would know of; the time says that it is our own.
-        self.launched_ns = time.monotonic_ns()
-        self._try_record()
-        taking: asyncio.Future[None] | None = None
-        too_late = threading.Event()
-        self.launched_ns = time.monotonic_ns()  # writing takes a while, and QEMU starts now
-        try:
-            self._owned = launch(
-                argv, self.run.path, pass_descriptors=passed, environment=way.environment()
-            )
-            if self._gate is not None:
-                self._gate.close_reader()
-            self._cleanup.callback(self._owned.close)
-            self.identity = self._owned.identity
-            # The descriptor is opened while QEMU starts, by one of its helper threads.  Our thread
-            # that does it ends here: rights are dropped thread by thread.
-            executor = ThreadPoolExecutor(1)
-            taking = asyncio.get_running_loop().run_in_executor(
-                executor, self._take_userfaultfd_early, too_late
-            )
-            executor.shutdown(wait=False)
-            try:
-                version = await self._prepare_and_wait(taking)
-            finally:
-                too_late.set()
-                way.settle()
-                # What went wrong there counts only if QEMU itself has come up.
-                await asyncio.wait({taking})
-            taking.result()
-            self._target = way.target(self.identity)
-            if self._target is not self.identity:
-                self._cleanup.callback(self._target.close)
-            self._presume_foreseen()
-            if self._presumed:
-                check_version(version[:2], self.image.manifest, self.options.allow_newer_qemu)
-            else:
-                self._qmp = await self._owned.connect()
-                await self._check_fit()
-        except LaunchError as error:
-            failure = taking.exception() if taking is not None else None
-            if way.ends_qemu and failure and not isinstance(failure, TargetGoneError):
-                raise failure from error
-            raise launch_failure(error, self.image.manifest) from error
-        way.require_complete(self._layout)
-        log.info("QEMU is got at by %s", way.name)
-        self._enter(State.FOUND)
-
-    async def _prepare_and_wait(self, taking: asyncio.Future[None]) -> tuple[int, ...]:
-        """What can be done while QEMU starts; returns QEMU's version when it has."""
-        from qemu_postcopy.vm import async_page_faults, layout, migration
-        from qemu_postcopy.vm.fit import QUESTIONS
-
-        assert self._owned is not None
-        # From here on there is a QEMU; whoever comes after us must be able to end it.
-        self._try_record()
-        if self._gate is None:
-            self._owned.ask_ahead((*QUESTIONS, *migration.LOAD_QUESTIONS), self._device_state)
-        else:
-            questions = [
-                *layout.confirming_questions(self.image.manifest.qemu_version),
-                migration.EVENTS_QUESTION,
-            ]
-            if self._asked_for_async():
-                questions += async_page_faults.QUESTIONS
-            self._owned.ask_ahead(questions)
-        starting = asyncio.create_task(self._owned.ready())
-        try:
-            either: set[asyncio.Future[Any]] = {starting, taking}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            self._presume_foreseen()
-            return await starting
-        finally:
-            starting.cancel()
-            await asyncio.wait({starting})
-
-    def _presume_foreseen(self) -> None:
-        """Prepares for the layout that was seen, if one was and this was not done before.
-
-        QEMU fills nothing of it in advance: that was no plain command line.
-        """
-        from qemu_postcopy.vm.collapse import refuse_collapsible
-
-        if self._foreseen is not None and not self._presumed:
-            assert self.identity is not None
-            self._layout, self._presumed = [self._foreseen], True
-            refuse_collapsible(self._layout, self.identity)
-            self._prepare_serving()
 
     async def find(self, qmp_path: Path) -> None:
         """Takes a QEMU that somebody else started with ``-incoming defer``.
@@ -447,18 +308,20 @@ class Session:
             AttachError: rights are missing, or RAM is of a kind that cannot be paged; QEMU is left
                 as it was.
         """
-        from qemu_postcopy.vm.collapse import refuse_collapsible
-        from qemu_postcopy.vm.emptiness import ensure_empty
-
         self._require(State.ATTACHED)
         assert self._target is not None
-        if self._foreseen is None:
-            refuse_collapsible(self._layout, self._target)
-            for block in self._layout:
-                ensure_empty(block, self._target)
+        self._ensure_empty(self._target)
         if self._userfaultfd < 0:
             self._take_userfaultfd()
         self._enter(State.ATTACHED)
+
+    def _ensure_empty(self, target: ProcessIdentity) -> None:
+        from qemu_postcopy.vm.collapse import refuse_collapsible
+        from qemu_postcopy.vm.emptiness import ensure_empty
+
+        refuse_collapsible(self._layout, target)
+        for block in self._layout:
+            ensure_empty(block, target)
 
     def serve(self) -> None:
         """Registers every block, makes sure that all of them are empty, and starts the pager.
@@ -609,46 +472,19 @@ class Session:
             return False
         return True
 
-    async def begin_to_load(self) -> None:
-        """Lets QEMU load what it can before its answers are looked at: it waits for that.
-
-        All but the end, so that it cannot finish: only where its memory was foreseen, and when that
-        is registered and served.
-
-        Raises:
-            LaunchError: it has ended.
-        """
-        from qemu_postcopy.image.device_state import end_of_sections
-
-        self._require(State.LOADED)
-        if self._gate is not None and self._presumed:
-            assert self._owned is not None
-            # What it answers after the load would be waited for; now there is something else to do.
-            await self._owned.answered()
-            self._held_from = end_of_sections(self._device_state)
-            self._let_in = self._gate.let_in_now(self._device_state, 0, self._held_from)
-
     async def load_device_state(self) -> None:
-        """Lets QEMU load everything but the memory; what :meth:`begin_to_load` has begun, or all.
+        """Lets QEMU load everything but the memory.
 
         Raises:
             MismatchError: QEMU refused it; its words are in the message.
             TargetGoneError: QEMU had ended before it was asked.
         """
-        from qemu_postcopy.vm import migration
-
         self._require(State.LOADED)
         assert self.identity is not None
         self.identity.require_alive()
         self._load_begun = True
         try:
-            if self._gate is not None:
-                await self._load_through(self._gate)
-            else:
-                assert self._qmp is not None
-                await self._finish(
-                    migration.load(self._qmp, self._device_state, self._may_run_from_now)
-                )
+            await self._load()
         except (AttachError, MismatchError, HostError):
             raise
         except PostcopyError as error:
@@ -662,6 +498,12 @@ class Session:
             ) from error
         self._enter(State.LOADED)
         self._unsettled = False
+
+    async def _load(self) -> None:
+        from qemu_postcopy.vm import migration
+
+        assert self._qmp is not None
+        await self._finish(migration.load(self._qmp, self._device_state, self._may_run_from_now))
 
     def _may_run_from_now(self) -> None:
         """QEMU is about to have all that it needs to let the guest run without being told."""
@@ -736,44 +578,6 @@ class Session:
             await self._qmp.execute("quit")
             self._enter(State.GONE)
             raise
-        self._presumed = False
-
-    async def _load_through(self, gate: Gate) -> None:
-        """Has QEMU say where its memory is before it gets the end, if that was foreseen: it may not
-        finish before the answer is known to be the same.
-
-        Raises:
-            AttachError, MismatchError: it is another, or the guest would miss its interrupts.
-            HostError: session.json cannot be written.
-        """
-        from qemu_postcopy.vm import migration
-
-        letting_in = asyncio.create_task(
-            gate.let_in(self._device_state, self._let_in, self._held_from)
-        )
-        try:
-            self._try_record()
-            if self._presumed:
-                await self._confirm_foreseen()
-            await migration.in_time(letting_in)
-        finally:
-            letting_in.cancel()
-            await asyncio.wait({letting_in})
-        assert self._qmp is not None
-        await self._finish(
-            migration.load_through(
-                self._qmp, gate, self._device_state, self._held_from, self._may_run_from_now
-            )
-        )
-
-    async def _confirm_foreseen(self) -> None:
-        from qemu_postcopy.vm import async_page_faults, layout
-
-        assert self._owned is not None
-        self._qmp = await self._owned.connect()
-        await layout.confirm(self._qmp, self._layout)
-        if self._asked_for_async():
-            await async_page_faults.require_offered(self._qmp)
         self._presumed = False
 
     async def resume(self) -> None:
@@ -1033,11 +837,14 @@ class Session:
         elapsed = time.monotonic() - self._began
         # A QEMU of somebody else is to be left as it was found, so its descriptor must be known.
         wanted = state in RECORDED or (state is State.ATTACHED and self._owned is None)
-        # Behind a gate there is no guest before the end is let in: it is time enough then.
-        if wanted and not (state is State.SERVING and self._gate is not None):
+        if wanted and not self._records_later(state):
             self._try_record()
         if self._listener is not None:
             self._listener(StateChange(state, elapsed))
+
+    def _records_later(self, state: State) -> bool:
+        """Whether it is time enough when the state that was entered is over."""
+        return False
 
     def _try_record(self) -> None:
         """Writes ``session.json``.
@@ -1196,7 +1003,7 @@ class Session:
         from qemu_postcopy.vm.emptiness import require_empty
 
         assert self.identity is not None and self._target is not None
-        if not self._negotiated and (self._way is None or not self._way.negotiated):
+        if not self._negotiated:
             registration.negotiate(self._userfaultfd, self._features)
         try:
             for block in self._layout:
@@ -1206,22 +1013,6 @@ class Session:
             # ENOMEM also says that the process has exited (userfaultfd_register, fs/userfaultfd.c).
             self.identity.require_alive()
             raise
-
-    def _choose_way(self) -> AttachWay:
-        from qemu_postcopy.vm import ways
-
-        sizes = [block.size_bytes for block in self.image.manifest.blocks]
-        way = ways.choose(self.options.attach_by, self.run.path, sizes)
-        self._cleanup.callback(way.close)
-        return way
-
-    def _take_userfaultfd_early(self, too_late: threading.Event) -> None:
-        from qemu_postcopy.vm.foresight import foresee
-
-        assert self.identity is not None and self._way is not None
-        self._keep_userfaultfd(self._way.take(self.identity))
-        if self._gate is not None:
-            self._foreseen = foresee(self.identity, self.image.manifest, too_late)
 
     def _keep_working_set(self) -> None:
         """Notes what the guest wanted first and had not been filled ahead, if it did run."""

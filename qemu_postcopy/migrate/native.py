@@ -489,7 +489,7 @@ class NativeEngine:
             return self._observation(Phase.COMPLETED, Statistics())
         error = LibvirtError(
             "the domain has left the source; whether it arrived is not known without DESTURI",
-            hint="give it: qemu-postcopy migrate --watch web qemu+ssh://beta/system",
+            hint="give it: qemu-postcopy migrate --watch DOMAIN qemu+ssh://HOST/system",
         )
         return self._observation(Phase.ENDED, Statistics(), error)
 

@@ -12,6 +12,7 @@ from vm.guests import Guest, Lab, SharedSnapshots, refused
 
 from qemu_postcopy.errors import PostcopyError
 from qemu_postcopy.image.image import Image
+from qemu_postcopy.launched import LaunchedSession
 from qemu_postcopy.session import Session, SessionOptions
 from qemu_postcopy.sidecar.rundir import RunDirectory
 from qemu_postcopy.userfaultfd import Userfaultfd
@@ -138,7 +139,7 @@ def test_user_who_may_only_have_faults_of_user_mode_is_told_before_qemu_is_launc
         async def run() -> None:
             Userfaultfd.open(user_mode_only=True).close()
             run = RunDirectory.create("a", run_dir / "nobodys")
-            session = Session(Image.open(own.image), run, SessionOptions())
+            session = LaunchedSession(Image.open(own.image), run, SessionOptions())
             try:
                 await session.launch(["/there/is/no/qemu-system-x86_64"])
             finally:

@@ -13,7 +13,8 @@ import pytest
 
 from qemu_postcopy.errors import QmpError, StateError, TargetGoneError
 from qemu_postcopy.image.image import Image
-from qemu_postcopy.session import ENTRANCES, Session, SessionOptions, State, StateChange
+from qemu_postcopy.launched import LaunchedSession
+from qemu_postcopy.session import ENTRANCES, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
 from qemu_postcopy.vm import migration
 from qemu_postcopy.vm.gate import Gate
@@ -21,7 +22,7 @@ from qemu_postcopy.vm.migration import NotLoadedError
 from qemu_postcopy.vm.monitor import CommandError
 
 #: Each step, and the state that it leads to.
-STEPS: dict[str, tuple[Callable[[Session], Any], State]] = {
+STEPS: dict[str, tuple[Callable[[LaunchedSession], Any], State]] = {
     "launch": (lambda session: session.launch(["qemu-system-x86_64"]), State.FOUND),
     "find": (lambda session: session.find(Path("/nowhere")), State.FOUND),
     "attach": (lambda session: session.attach(), State.ATTACHED),
@@ -35,14 +36,14 @@ STEPS: dict[str, tuple[Callable[[Session], Any], State]] = {
 
 
 @pytest.fixture
-def session(run_dir: Path) -> Session:
+def session(run_dir: Path) -> LaunchedSession:
     manifest = SimpleNamespace(chunk_size_bytes=65536, state=SimpleNamespace(sha256="0" * 64))
     image = SimpleNamespace(path=Path("/image"), manifest=manifest)
     run = RunDirectory.create("s", run_dir / "run")
-    return Session(cast(Image, image), run, SessionOptions())
+    return LaunchedSession(cast(Image, image), run, SessionOptions())
 
 
-def perform(step: Callable[[Session], Any], session: Session) -> None:
+def perform(step: Callable[[LaunchedSession], Any], session: LaunchedSession) -> None:
     async def run() -> None:
         result = step(session)
         if inspect.isawaitable(result):
@@ -60,7 +61,7 @@ OUT_OF_ORDER = [
 
 
 @pytest.mark.parametrize(("name", "state"), OUT_OF_ORDER)
-def test_step_out_of_order_is_refused(name: str, state: State, session: Session) -> None:
+def test_step_out_of_order_is_refused(name: str, state: State, session: LaunchedSession) -> None:
     step, goal = STEPS[name]
     session.state = state
     with pytest.raises(StateError) as caught:
@@ -88,13 +89,15 @@ def test_guest_that_exists_is_never_a_failure() -> None:
 
 
 @pytest.mark.parametrize("name", ["statistics", "start_background"])
-def test_pager_is_asked_for_in_vain_before_there_is_one(name: str, session: Session) -> None:
+def test_pager_is_asked_for_in_vain_before_there_is_one(
+    name: str, session: LaunchedSession
+) -> None:
     with pytest.raises(StateError, match="the session is new"):
         getattr(session, name)()
     assert session.trouble() == ""
 
 
-def test_each_step_is_told_and_recorded(session: Session) -> None:
+def test_each_step_is_told_and_recorded(session: LaunchedSession) -> None:
     told: list[StateChange] = []
     session._listener = told.append
     for state in (State.FOUND, State.ATTACHED, State.SERVING):
@@ -107,7 +110,7 @@ def test_each_step_is_told_and_recorded(session: Session) -> None:
     assert record.image == "/image"
 
 
-def test_closed_without_a_guest_is_on_record_as_failed(session: Session) -> None:
+def test_closed_without_a_guest_is_on_record_as_failed(session: LaunchedSession) -> None:
     asyncio.run(session.close())
     record = session.run.read_record()
     assert record is not None
@@ -116,7 +119,7 @@ def test_closed_without_a_guest_is_on_record_as_failed(session: Session) -> None
 
 @pytest.mark.parametrize("may_run", [True, False])
 def test_a_guest_that_others_let_run_counts_from_the_begin_of_its_load(
-    may_run: bool, session: Session
+    may_run: bool, session: LaunchedSession
 ) -> None:
     """Who feeds it may go on when told to stop, and its memory must not be let go then."""
     session.state = State.SERVING
@@ -153,7 +156,7 @@ def test_what_fails_after_the_end_was_given(
     error: BaseException,
     ended: bool,
     counts: bool,
-    session: Session,
+    session: LaunchedSession,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """There is no guest only if QEMU says so, or has ended."""
