@@ -163,16 +163,18 @@ class Accounts:
         unheeded = counts.count == 0 and len(vcpus) == len(since) and since
         began = max(since) if unheeded else counts.all_stopped_since_ns
         all_stopped_ns = counts.all_stopped_ns + (max(0, now - began) if began else 0)
+        stopped_us = {
+            name: entry["blocked_us"] for name, entry in origins.items() if name.startswith("vCPU ")
+        }
         faults = sum(entry["faults"] for entry in origins.values())
         return {
             "count": len(vcpus),
             "stopped": len(since),
-            "stopped_us": {
-                name: entry["blocked_us"]
-                for name, entry in origins.items()
-                if name.startswith("vCPU ")
-            },
-            "all_stopped_us": all_stopped_ns // 1000,
+            "stopped_us": stopped_us,
+            # Whenever the only one waited, all did, also before it was known.
+            "all_stopped_us": (
+                sum(stopped_us.values()) if len(vcpus) == 1 else all_stopped_ns // 1000
+            ),
             "async_page_faults": async_page_faults.use_of(
                 self._asked_for_async(), self.async_offered
             ),

@@ -70,13 +70,8 @@ static void adopt_vcpus(struct qpc_pager *p, uint32_t version, uint64_t now)
         p->is_vcpu[slot] = 1;
     }
     for (uint32_t i = 0; i < QPC_ORIGIN_TABLE; i++) {
-        if (!p->is_vcpu[i])
-            continue;
-        if (GET(p->origins[i].waiting))
+        if (p->is_vcpu[i] && GET(p->origins[i].waiting))
             note_stopped(p, now);
-        /* The only one: whenever it waited, all did, also before it was known. */
-        if (GET(p->vcpus.count) == 1 && !GET(p->vcpus.all_stopped_ns))
-            SET(p->vcpus.all_stopped_ns, GET(p->origins[i].blocked_ns));
     }
 }
 

@@ -51,8 +51,8 @@ class BlockCounts:
 class VcpuCounts:
     """Threads that run virtual CPUs (0: not known), and how many of them wait for a page now.
 
-    ``all_stopped_ns`` is how long all of them waited at the same time, since they are known (where
-    there is one: since the beginning); they do so now since ``all_stopped_since_ns``
+    ``all_stopped_ns`` is how long all of them waited at the same time, since they are known (a new
+    list of them is heeded with the next fault); they do so now since ``all_stopped_since_ns``
     (CLOCK_MONOTONIC), if that is not 0.
     """
 

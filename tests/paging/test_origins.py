@@ -111,17 +111,6 @@ def test_time_in_which_all_virtual_cpus_wait_is_counted_as_qemu_does(serve: Serv
     assert (settled.stopped, settled.all_stopped_ns) == (0, vcpus.all_stopped_ns)
 
 
-def test_a_single_virtual_cpu_stops_all_also_before_it_is_known(serve: Serve) -> None:
-    guest = serve(chunk_size=4 * KIB)
-    guest.dump(count=100)
-    guest.wait(lambda s: s.faults_waiting == 0, "nobody waits")
-    (thread,) = guest.pager.threads()
-    guest.pager.name_vcpus([thread.tid])
-    guest.mapper.do("read", 700)
-    wait_until(lambda: guest.pager.vcpus().count == 1, "it is heeded")
-    assert guest.pager.vcpus().all_stopped_ns == thread.blocked_ns
-
-
 def test_more_virtual_cpus_than_there_is_room_for_are_not_guessed_at(serve: Serve) -> None:
     guest = serve(chunk_size=4 * KIB)
     guest.pager.name_vcpus(range(1, 1000))
