@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from typing import Self
 
 import click
 from rich.console import Console
@@ -41,23 +42,40 @@ def look(names: tuple[str, ...] = ()) -> Look:
 
 
 class Looker:
-    """Looks again every so many seconds, in a thread that ends with the program."""
+    """Looks again every so many seconds, in a thread; leaving its context ends that.
 
-    def __init__(self, names: tuple[str, ...], seconds: float, keyboard: terminal.Keyboard) -> None:
+    Threads that are started while the interpreter shuts down are an error: it must have ended
+    before.
+    """
+
+    def __init__(self, names: tuple[str, ...], seconds: float) -> None:
         self._names = names
         self._seconds = seconds
-        self._keyboard = keyboard
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
         self.latest = Shown(Look(time.monotonic(), error="asking the guests"))
-        threading.Thread(target=self._run, name="look", daemon=True).start()
 
-    def _run(self) -> None:
+    def start(self, keyboard: terminal.Keyboard) -> None:
+        """Wakes ``keyboard`` whenever it has seen something new."""
+        self._thread = threading.Thread(target=self._run, args=(keyboard,), name="look")
+        self._thread.start()
+
+    def _run(self, keyboard: terminal.Keyboard) -> None:
         before = self.latest.look
-        while True:
+        while not self._over.is_set():
             now = look(self._names)
             self.latest = between(before, now)
             before = now
-            self._keyboard.wake()
-            time.sleep(self._seconds)
+            keyboard.wake()
+            self._over.wait(self._seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()  # at most ANSWER_SECONDS
 
 
 def heed(event: str, shown: Shown, choice: Choice) -> bool:
@@ -82,10 +100,11 @@ def watch(console: Console, names: tuple[str, ...], seconds: float) -> None:
     """Until the user has seen enough."""
     choice = Choice()
     with (
+        Looker(names, seconds) as looker,  # left last: the terminal is the user's by then
         terminal.Keyboard(sys.stdin.fileno()) as keyboard,
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
-        looker = Looker(names, seconds, keyboard)
+        looker.start(keyboard)
         shown = looker.latest
         while True:
             live.update(frame(shown, choice, *console.size), refresh=True)
