@@ -264,6 +264,7 @@ class Session:
         pid: int,
         monitor: str,
         offered: tuple[TakenDescriptor, ProcessIdentity] | None = None,
+        places: dict[str, int] | None = None,
     ) -> None:
         """Takes a QEMU that libvirt has started, and that waits in the middle of its load.
 
@@ -273,6 +274,7 @@ class Session:
         Args:
             offered: what QEMU's preload library has handed over, and whom to ask what it maps.
                 Both are the session's from now on, also if this fails.
+            places: addresses of blocks, as far as QEMU has shown them itself.
 
         Raises:
             TargetGoneError: it has ended.
@@ -293,7 +295,7 @@ class Session:
         self._target = self.identity if offered is None else offered[1]
         self._monitor, self._presumed = monitor, True
         self._prepare()
-        self._layout = presume_layout(self._target, self.image.manifest.blocks)
+        self._layout = presume_layout(self._target, self.image.manifest.blocks, places or {})
         self._enter(State.FOUND)
 
     @property

@@ -68,10 +68,15 @@ def _properties(text: str) -> dict[str, object]:
     return {"qom-type": kind, **dict(part.partition("=")[::2] for part in rest)}
 
 
-def presume_layout(identity: ProcessIdentity, wanted: Sequence[Block]) -> list[RamBlock]:
+def presume_layout(
+    identity: ProcessIdentity, wanted: Sequence[Block], places: dict[str, int] | None = None
+) -> list[RamBlock]:
     """The blocks of an image as they seem to lie in QEMU.
 
     Blocks that QEMU has beyond those of the image come with the device state, eagerly.
+
+    Args:
+        places: addresses of blocks, as far as they are known and need no presumption.
 
     Raises:
         AttachError: a block has no back-end, or no mapping can be its memory.
@@ -97,7 +102,9 @@ def presume_layout(identity: ProcessIdentity, wanted: Sequence[Block]) -> list[R
                 hint="the memory in the domain's XML must be as it was when the domain was saved",
                 block=block.name,
             )
-        mapping = _mapping_of(backend, mappings, taken)
+        place = (places or {}).get(block.name)
+        known = [m for m in mappings if m.start == place] if place is not None else mappings
+        mapping = _mapping_of(backend, known, taken)
         if mapping is None:
             raise AttachError(
                 f"no mapping of QEMU's (PID {identity.pid}) can be the memory {block.name}",

@@ -26,6 +26,8 @@ from qemu_postcopy.errors import (
     OperationCancelledError,
     PostcopyError,
 )
+from qemu_postcopy.image.device_state import open_device_state
+from qemu_postcopy.image.image import Image
 from qemu_postcopy.libvirt.lazy_save import image_behind
 from qemu_postcopy.libvirt.monitor import address_of
 from qemu_postcopy.libvirt.offer import Offer
@@ -142,7 +144,9 @@ async def _begin(
     session = Session(saved.image, run, options, listener)
     own = replace(taken, descriptor=os.dup(taken.descriptor))
     try:
-        session.adopt(offer.identity.pid, address_of(order.uri, order.uuid), (own, offer.known()))
+        told = await asyncio.to_thread(_places, offer, saved.image, taken.descriptor)
+        monitor = address_of(order.uri, order.uuid)
+        session.adopt(offer.identity.pid, monitor, (own, offer.known()), told)
         pieces = {(b.address, b.size_bytes) for b in session.layout}
         if pieces != offer.registered:
             raise MismatchError(
@@ -154,6 +158,14 @@ async def _begin(
             await session.close()
         raise
     return session
+
+
+def _places(offer: Offer, image: Image, userfaultfd: int) -> dict[str, int]:
+    state = open_device_state(image)
+    try:
+        return offer.places(image, state, userfaultfd)
+    finally:
+        os.close(state)
 
 
 def require_same(file: Path, source: tuple[int, int]) -> None:

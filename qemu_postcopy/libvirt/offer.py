@@ -29,7 +29,9 @@ from qemu_postcopy.errors import (
     PostcopyError,
     TargetGoneError,
 )
+from qemu_postcopy.image.image import Image
 from qemu_postcopy.image.records import MAGIC, VERSION
+from qemu_postcopy.libvirt import places
 from qemu_postcopy.libvirt.blocks import backends_of
 from qemu_postcopy.paging import registration
 from qemu_postcopy.vm.attach import TakenDescriptor
@@ -96,6 +98,8 @@ class Offer(PreloadServer):
         self._stream_number = -1
         self._feed = -1
         self._fed = False
+        # How much of its stream QEMU was given to be asked, beyond FIRST.
+        self._given_bytes = len(FIRST)
         #: address and size of each piece of memory, once :meth:`known` was called
         self.registered: set[tuple[int, int]] = set()
         #: who has accepted
@@ -122,6 +126,35 @@ class Offer(PreloadServer):
             raise
         return self.serve(self.identity)
 
+    def places(self, image: Image, state: int, userfaultfd: int) -> dict[str, int]:
+        """Where those blocks lie that their sizes do not tell apart, as QEMU itself shows; once,
+        after :meth:`take` and before :meth:`known`; blocks.
+
+        Args:
+            state: the stream that :meth:`feed` goes on with.
+
+        Raises:
+            AttachError, ImageError, TargetGoneError: it cannot be told; there is no guest then.
+        """
+        blocks = places.in_question(image.manifest.blocks, [p.size_bytes for p in self._pieces])
+        if not blocks:
+            return {}
+        assert self.identity is not None
+        begin = places.read_begin(state)
+        self._give(os.pread(state, begin.size_bytes - self._given_bytes, self._given_bytes))
+        self._given_bytes = begin.size_bytes
+        return places.ask_places(
+            image, blocks, begin, self._give, userfaultfd, self._pieces, self.identity
+        )
+
+    def _give(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._feed, view) :]
+        except OSError as error:
+            raise _does_not_load(error) from error
+
     def known(self) -> PreloadedProcess:
         """Whom to ask where the memory lies; once, after :meth:`take`."""
         assert self.identity is not None
@@ -134,16 +167,13 @@ class Offer(PreloadServer):
         Raises:
             TargetGoneError: it has ended, or does not read.
         """
-        offset = len(FIRST)
+        offset = self._given_bytes
         self._fed = True
         try:
             while part := os.pread(descriptor, 1 << 16, offset):
                 offset += os.write(self._feed, part)
         except OSError as error:
-            raise TargetGoneError(
-                f"QEMU does not load its state: {error.strerror}",
-                hint="libvirt's log of the domain says why",
-            ) from error
+            raise _does_not_load(error) from error
         finally:
             self.end_stream()
 
@@ -209,8 +239,7 @@ class Offer(PreloadServer):
         """Sizes of the memory back-ends.
 
         Raises:
-            AttachError: two cannot be told apart before QEMU itself can be asked, or one cannot be
-                paged.
+            AttachError: there is none, there are too many, or one cannot be paged.
         """
         backends = [b for b in backends_of(identity.cmdline()) if b.size_bytes >= SMALLEST_BYTES]
         for backend in backends:
@@ -226,10 +255,9 @@ class Offer(PreloadServer):
                 f"the domain has {len(sizes)} memory back-ends, and {BLOCKS_MAX} can be paged",
                 hint="restore it by qemu-postcopy restore --connect",
             )
-        if not sizes or len(set(sizes)) != len(sizes):
+        if not sizes:
             raise AttachError(
-                "the domain has several memory back-ends of one size, or none: which is which "
-                "cannot be told while libvirt starts QEMU",
+                "the domain has no memory back-end",
                 hint="restore it by qemu-postcopy restore --connect",
             )
         return sizes
@@ -294,6 +322,13 @@ class Offer(PreloadServer):
             socket.send_fds(channel, [message], [read_end])
         finally:
             os.close(read_end)
+
+
+def _does_not_load(error: OSError) -> TargetGoneError:
+    return TargetGoneError(
+        f"QEMU does not load its state: {error.strerror}",
+        hint="libvirt's log of the domain says why",
+    )
 
 
 def _says(channel: socket.socket) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -71,6 +72,18 @@ def hosts(all_hosts: Hosts) -> Iterator[Hosts]:
 def host(request: pytest.FixtureRequest, hosts: Hosts) -> Host:
     """One host of each libvirt that the machine has."""
     return hosts.get(request.param)
+
+
+@pytest.fixture
+def hooked(host: Host) -> Iterator[Host]:
+    """A host with the hook; it had none before."""
+    done = json.loads(host.tool("libvirt", "install-hooks", "--json").stdout)
+    if done["restart"] and not (host.directory / "hooks-seen").exists():
+        host.restart_daemon("libvirtd")
+        (host.directory / "hooks-seen").touch()
+    yield host
+    host.clean()
+    host.tool("libvirt", "install-hooks", "--remove")
 
 
 @pytest.fixture(scope="session")

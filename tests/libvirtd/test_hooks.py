@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from libvirtd.by_hook import (
+    ON_DEMAND,
+    ask,
+    entries,
+    require_nothing_left,
+    sidecars,
+    started,
+)
 from libvirtd.conftest import Hosts
 from libvirtd.daemons import Host
-from libvirtd.domains import Domain, start_domain
+from libvirtd.domains import start_domain
+from libvirtd.saved import MEMFD
 from vm.guests import wait_until
 
 from qemu_postcopy.images.guest_image import GuestImage
 
 pytestmark = pytest.mark.needs("guest", "uffd", "root")
-
-MEMFD = "<source type='memfd'/><access mode='shared'/>"
-ASKS = '<paging><sidecar restore="lazy"/></paging>'
-NAMESPACE = "http://qemu-postcopy/xmlns/domain/1.0"
-
-
-@pytest.fixture
-def hooked(host: Host) -> Iterator[Host]:
-    """A host with the hook; it had none before."""
-    done = json.loads(host.tool("libvirt", "install-hooks", "--json").stdout)
-    if done["restart"] and not (host.directory / "hooks-seen").exists():
-        host.restart_daemon("libvirtd")
-        (host.directory / "hooks-seen").touch()
-    yield host
-    host.clean()
-    host.tool("libvirt", "install-hooks", "--remove")
-
-
-def sidecars(host: Host) -> list[int]:
-    return host.processes(program=f"{sys.executable}\0-P\0-m\0qemu_postcopy")
-
-
-def run_directories(host: Host) -> list[str]:
-    base = host.directory / "run/qemu-postcopy"
-    return [path.name for path in base.iterdir()] if base.is_dir() else []
-
-
-def ask(host: Host, name: str, text: str = ASKS) -> None:
-    """By virsh, as an operator does without our tool."""
-    host.virsh("metadata", name, "--uri", NAMESPACE, "--key", "postcopy", "--set", text)
-
-
-def entries(host: Host) -> list[dict[str, object]]:
-    found = json.loads(host.tool("list", "--json").stdout)
-    assert isinstance(found, list)
-    return found
-
-
-def require_nothing_left(host: Host, directory: Path) -> None:
-    wait_until(lambda: sidecars(host) == [], "the sidecars have ended")
-    assert host.qemus() == []
-    assert run_directories(host) == []
-    assert list((host.directory / "run/qemu-postcopy-hook").iterdir()) == []
-    assert [path.name for path in directory.glob(".*")] == []
-
-
-def started(host: Host, image: GuestImage, directory: Path, **choices: object) -> Domain:
-    domain = start_domain(host, image, directory, "guest", **choices)
-    domain.wait_ready()
-    return domain
 
 
 @pytest.mark.parametrize("backing", ["anonymous", pytest.param("memfd", marks=pytest.mark.soak)])
@@ -78,7 +35,7 @@ def test_virsh_restores_what_virsh_has_saved_lazily_and_leaves_nothing(
     host = hooked
     memory = MEMFD if backing == "memfd" else ""
     domain = started(host, shared_guest, shared_dir, memory_backing=memory)
-    ask(host, "guest", '<paging><background fill="no"/></paging>')
+    ask(host, "guest", ON_DEMAND)
     path = shared_dir / "guest.save"
     host.virsh("save", "guest", path)
     content = path.read_bytes()
@@ -183,7 +140,7 @@ def test_a_sidecar_that_is_to_end_while_its_guest_is_loaded_serves_that_guest(
 ) -> None:
     host = hooked
     domain = started(host, shared_guest, shared_dir, fill_mib=64)
-    ask(host, "guest", '<paging><background fill="no"/></paging>')
+    ask(host, "guest", ON_DEMAND)
     path = shared_dir / "guest.save"
     host.virsh("save", "guest", path)
     run = host.directory / "run/qemu-postcopy/guest"
