@@ -4,8 +4,8 @@ A domain is started by libvirt, fills its memory, and is saved once by ``virsh s
 take turns.  Measured is the time from the start of the command to the first whole line that the
 guest puts out, with the save file in the page cache as far as it has room.  A guest that was
 stopped in the middle of a line ends that one from the device's buffer, with no instruction run, so
-it does not count.  Needs virsh beside the daemon; the domain is TCG, has no disk, and is gone
-afterwards.
+it does not count.  Where libvirt's hook is installed, plain virsh restores by it too.  Needs virsh
+beside the daemon; the domain is TCG, has no disk, and is gone afterwards.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from qemu_postcopy.bench.report import Ratio, Report, Result, describe_host
 from qemu_postcopy.errors import HostError
 from qemu_postcopy.images.builder import build
 from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.libvirt import hook_xml
+from qemu_postcopy.libvirt.hook_install import is_installed
+from qemu_postcopy.libvirt.metadata import Settings
 from qemu_postcopy.sidecar.rundir import RunDirectory, base_directory, remove_ended
 
 FILL_SECONDS = 900.0
@@ -40,6 +43,8 @@ SETTLE_SECONDS = 0.5
 VIRSH = "virsh restore"
 FILE = "lazy, from the save file"
 IMAGE = "lazy, from an image"
+HOOK_FILE = "virsh restore by the hook, from the save file"
+HOOK_IMAGE = "virsh restore by the hook, from an image"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class LibvirtRestoreBench:
         report = Report("restore by libvirt", describe_host())
         report.notes.append("from the start of the command to the guest's first whole line")
         report.notes.append(f"{self.uri}: {self._version()}")
+        if not is_installed():
+            report.notes.append("not measured, since it is not installed: libvirt's hook")
         for size in self.sizes_mib:
             with self._place() as place:
                 times = self._measure(_Domain(self.uri, guest, size, place))
@@ -105,6 +112,8 @@ class LibvirtRestoreBench:
                 FILE: domain.restore_file,
                 IMAGE: domain.restore_image,
             }
+            if is_installed():
+                ways |= {HOOK_FILE: domain.hook_file, HOOK_IMAGE: domain.hook_image}
             order = list(ways.items())
             for number in range(self.runs + 1):
                 self.say(
@@ -113,7 +122,7 @@ class LibvirtRestoreBench:
                 )
                 turn = number % len(order)
                 for way, words in order[turn:] + order[:turn]:
-                    seconds = domain.time(words())
+                    seconds = domain.time(words(), served=way != VIRSH)
                     if number:
                         times.setdefault(way, []).append(seconds)
         finally:
@@ -135,6 +144,8 @@ class _Domain:
         self._console = place / "console"
         self._saved = place / "saved"
         self._image = place / "saved.qpc"
+        self._lazy = place / "lazy"
+        self._asking = place / "asking.xml"
 
     def prepare(self) -> None:
         """Starts it, waits until its memory is filled, saves and converts it."""
@@ -144,6 +155,10 @@ class _Domain:
         _wait(lambda: b"QPC tick" in self._said(), FILL_SECONDS)
         _run([*self._virsh, "save", self.name, str(self._saved)])
         _run([*self._tool, "image", "import", str(self._saved), str(self._image)])
+        _run([*self._tool, "libvirt", "save-file", str(self._image), str(self._lazy)])
+        asks = hook_xml.parse(_run([*self._virsh, "save-image-dumpxml", str(self._saved)]))
+        hook_xml.add_settings(asks, Settings())
+        self._asking.write_text(hook_xml.serialize(asks))
 
     def _xml(self) -> str:
         files = []
@@ -192,12 +207,23 @@ class _Domain:
         """Of what snapshot --connect, image import or --keep-image make."""
         return self._lazily(self._image)
 
+    def hook_file(self) -> list[str]:
+        """virsh's own, of what virsh save wrote, with a domain that asks for a lazy restore."""
+        return [*self.restore_by_virsh(), "--xml", str(self._asking)]
+
+    def hook_image(self) -> list[str]:
+        """virsh's own, of what `libvirt save-file` makes of an image."""
+        return [*self._virsh, "restore", str(self._lazy)]
+
     def _lazily(self, source: Path) -> list[str]:
         name = ["--name", self.name]
         return [*self._tool, "restore", "--connect", self._uri, *name, str(source)]
 
-    def time(self, words: list[str]) -> float:
-        """Runs the command, and returns the seconds to the first output; ends the domain."""
+    def time(self, words: list[str], *, served: bool) -> float:
+        """Runs the command, and returns the seconds to the first output; ends the domain.
+
+        Raises: HostError where nobody of ours has restored it, and that was to be.
+        """
         time.sleep(SETTLE_SECONDS)
         before = self._console.stat().st_size
         began = time.monotonic()
@@ -214,6 +240,10 @@ class _Domain:
             _wait(spoke, OUTPUT_SECONDS)
             seconds = time.monotonic() - began
             command.wait()
+        if served and not self._run_directory().exists():
+            raise HostError(
+                f"{' '.join(words)} has restored eagerly", hint="see libvirt's hook in the syslog"
+            )
         _run([*self._virsh, "destroy", self.name])
         _wait(self._is_unserved, OUTPUT_SECONDS)
         return seconds
@@ -221,9 +251,12 @@ class _Domain:
     def _is_unserved(self) -> bool:
         """Whether the sidecar has ended: the next run must not share the machine with it."""
         try:
-            return not RunDirectory(base_directory() / self.name).is_served()
+            return not RunDirectory(self._run_directory()).is_served()
         except FileNotFoundError:
             return True
+
+    def _run_directory(self) -> Path:
+        return base_directory() / self.name
 
     def end(self) -> None:
         """Nothing of it stays behind."""

@@ -114,6 +114,7 @@ def _offer(
     from qemu_postcopy.libvirt.commands import run_name_of
     from qemu_postcopy.libvirt.hooked import HookedRestore, restore_hooked
     from qemu_postcopy.libvirt.offer import Offer
+    from qemu_postcopy.paging.registration import kernel_features
     from qemu_postcopy.session import SessionOptions
     from qemu_postcopy.sidecar import process, supervisor
 
@@ -121,6 +122,8 @@ def _offer(
         raise MismatchError("its memory cannot be paged: " + "; ".join(reasons))
     if not LIBRARY.exists():
         raise MismatchError(f"{LIBRARY} is missing: run qemu-postcopy libvirt install-hooks")
+    # QEMU has no right that we have not; one that accepts and gets no userfaultfd would end.
+    kernel_features()
     options = SessionOptions(
         background=settings.fill, background_rate=settings.rate, drop_rights=True
     )

@@ -88,6 +88,11 @@ def remove(hooks: Path = HOOKS) -> Installed:
     return Installed(script, LIBRARY, changed, restart=False)
 
 
+def is_installed(hooks: Path = HOOKS) -> bool:
+    """Whether script and library are there; libvirt may not have seen them yet."""
+    return (hooks / "qemu.d" / SCRIPT_NAME).exists() and LIBRARY.exists()
+
+
 def _require_ours(script: Path) -> None:
     if script.exists() and MARK not in script.read_text(errors="replace"):
         raise UsageError(f"{script} is not ours", hint="rename it, and try again")

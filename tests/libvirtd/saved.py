@@ -27,6 +27,19 @@ def saved_domain(
     return domain, path
 
 
+def save_in_format(host: Host, name: str, path: Path) -> None:
+    """By virsh; before 11 the format is said in libvirtd's configuration."""
+    if host.stack.name != "libvirt":
+        host.virsh("save", "guest", path, "--image-format", name)
+        return
+    configuration = host.directory / "etc/qemu.conf"
+    before = configuration.read_text()
+    configuration.write_text(f'{before}\nsave_image_format = "{name}"\n')
+    host.restart_daemon("libvirtd")
+    host.virsh("save", "guest", path)
+    configuration.write_text(before)
+
+
 def restore(host: Host, path: Path, *options: object) -> dict[str, Any]:
     """By the tool, on the host."""
     said = host.tool("restore", "--connect", "qemu:///system", "--json", *options, path)

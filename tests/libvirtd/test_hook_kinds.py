@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from libvirtd.by_hook import ON_DEMAND, ask, entries, require_nothing_left, started
 from libvirtd.daemons import Host
-from libvirtd.saved import MEMFD
+from libvirtd.saved import MEMFD, save_in_format
 from vm.guests import wait_until
 
 from qemu_postcopy.image.libvirt_save import read_save_header
@@ -24,33 +23,16 @@ PACKED = {
 FILE = "<source type='file'/><access mode='shared'/>"
 
 
-@pytest.fixture
-def save_format(host: Host) -> Iterator[Callable[[str], None]]:
-    """Has libvirtd save in that format, by its configuration."""
-    configuration = host.directory / "etc/qemu.conf"
-    before = configuration.read_text()
-
-    def choose(name: str) -> None:
-        configuration.write_text(f'{before}\nsave_image_format = "{name}"\n')
-        host.restart_daemon("libvirtd")
-
-    yield choose
-    host.clean()
-    configuration.write_text(before)
-    host.restart_daemon("libvirtd")
-
-
 @pytest.mark.soak
 def test_packed_save_files_are_restored_lazily(
-    hooked: Host, shared_guest: GuestImage, shared_dir: Path, save_format: Callable[[str], None]
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
     host = hooked
     domain = started(host, shared_guest, shared_dir, fill_mib=16)
     ask(host, "guest", ON_DEMAND)
     for name in PACKED[host.stack.name]:
-        save_format(name)
         path = shared_dir / f"guest.{name}"
-        host.virsh("save", "guest", path)
+        save_in_format(host, name, path)
         with path.open("rb") as file:
             assert read_save_header(file.fileno()).format == name
         content = path.read_bytes()
@@ -61,6 +43,7 @@ def test_packed_save_files_are_restored_lazily(
         assert path.read_bytes() == content
     host.virsh("destroy", "guest")
     require_nothing_left(host, shared_dir)
+    host.restart_daemon("libvirtd")  # with the configuration that it had
 
 
 def cells(image: GuestImage, fill_mib: int, count: int) -> str:
@@ -99,7 +82,7 @@ def test_cells_of_one_size_are_told_apart(
         assert (entry["domain"], entry["state"]) == ("guest", "running")
         host.tool("fill", entry["name"])
         wait_until(lambda: entries(host)[0]["state"] == "detached", "all of it is there")
-        domain.console.wait_passes(1)
+        domain.console.wait_more_ticks(2)
         host.virsh("destroy", "guest")
         require_nothing_left(host, shared_dir)
     finally:

@@ -14,6 +14,7 @@ from libvirtd.saved import (
     left_beside,
     restore,
     run_directories,
+    save_in_format,
     saved_domain,
     sidecars,
     wait_detached,
@@ -31,19 +32,6 @@ FORMATS = {
 }
 #: These two take libvirt a minute.
 SLOW_FORMATS = ("bzip2", "xz")
-
-
-def save_in_format(host: Host, name: str, path: Path) -> None:
-    """By virsh; before 11 the format is said in libvirtd's configuration."""
-    if host.stack.name != "libvirt":
-        host.virsh("save", "guest", path, "--image-format", name)
-        return
-    configuration = host.directory / "etc/qemu.conf"
-    before = configuration.read_text()
-    configuration.write_text(f'{before}\nsave_image_format = "{name}"\n')
-    host.restart_daemon("libvirtd")
-    host.virsh("save", "guest", path)
-    configuration.write_text(before)
 
 
 @pytest.mark.parametrize("backing", ["memfd", "anonymous"])

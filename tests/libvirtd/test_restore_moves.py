@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from libvirtd.conftest import STACKS, Hosts
+from libvirtd.domains import start_domain
 from libvirtd.saved import (
     MEMFD,
     left_beside,
@@ -50,3 +51,36 @@ def test_a_restored_domain_moves_to_another_host(
     target.virsh("destroy", "guest")
     wait_until(lambda: sidecars(target) == [], "the sidecar has ended")
     assert (target.qemus(), left_beside(shared_dir)) == ([], [])
+
+
+@pytest.mark.soak
+@pytest.mark.needs("libvirt", "libvirt11")
+def test_a_domain_goes_on_in_a_newer_qemu_under_a_newer_libvirt(
+    hosts: Hosts, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    older, newer = hosts.get("libvirt"), hosts.get("libvirt11")
+    domain = start_domain(older, shared_guest, shared_dir, fill_mib=32, memory_backing=MEMFD)
+    domain.wait_ready()
+    versions = [host.virsh("version") for host in (older, newer)]
+    assert ("QEMU 7.2" in versions[0], "QEMU 10.0" in versions[1]) == (True, True)
+    image, path = shared_dir / "guest.qpc", shared_dir / "guest.save"
+    older.tool("snapshot", "--connect", "qemu:///system", "--then", "quit", "guest", image)
+    wait_until(lambda: older.qemus() == [], "its QEMU has ended")
+    restore(newer, image, "--no-background")
+    domain.console.wait_passes(1)
+    assert sidecars(newer) != []
+    newer.tool("fill", "guest")
+    wait_detached(newer, "guest")
+    domain.console.wait_passes(1)
+    newer.virsh("destroy", "guest")
+
+    # By what virsh itself wrote, and an older QEMU again takes what a newer one has not yet seen.
+    restore(older, image)
+    domain.console.wait_passes(1)
+    older.virsh("save", "guest", path)
+    wait_until(lambda: sidecars(older) == [], "the sidecar has ended")
+    restore(newer, path)
+    wait_detached(newer, "guest")
+    domain.console.wait_passes(1)
+    newer.virsh("destroy", "guest")
+    assert left_beside(shared_dir) == []

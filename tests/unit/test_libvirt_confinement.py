@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,29 @@ def test_the_command_says_where_they_lie() -> None:
     said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert set(said["steps"]) == {"apparmor", "selinux"}
     assert str(confinement.APPARMOR) in said["steps"]["apparmor"][0]
+
+
+@pytest.mark.needs("checkers", "libvirt")
+def test_libvirts_own_profile_of_a_domain_takes_the_rules_in(run_dir: Path) -> None:
+    """As the printed command installs them, in a copy of this host's directory of profiles."""
+    profiles = run_dir / "apparmor.d"
+    shutil.copytree("/etc/apparmor.d", profiles)
+    local = profiles / confinement.APPARMOR_LOCAL.relative_to("/etc/apparmor.d")
+    local.parent.mkdir(parents=True, exist_ok=True)
+    (command,) = confinement.steps()["apparmor"]
+    command = command.replace(str(confinement.APPARMOR_LOCAL), str(local))
+    subprocess.run(command, shell=True, check=True)
+    template = (profiles / "libvirt/TEMPLATE.qemu").read_text()
+    domain = profiles / "libvirt/libvirt-4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
+    domain.write_text(template.replace("LIBVIRT_TEMPLATE", domain.name))
+
+    def compiled() -> bytes:
+        command = ["apparmor_parser", "-Q", "-K", "-S", "--base", str(profiles), str(domain)]
+        return subprocess.run(command, capture_output=True, check=True).stdout
+
+    with_rules = compiled()
+    local.write_text("")
+    assert len(with_rules) > len(compiled())
+    local.write_text("  /some/where nonsense,\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        compiled()
