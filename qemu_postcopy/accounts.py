@@ -209,6 +209,8 @@ class Accounts:
             block = self._blocks[statistics.last_error_block].name
             if statistics.last_error == errno.ENODATA:
                 reason = "the image's page file was cut short: put its data back"
+            elif statistics.last_error == errno.ESTALE:
+                reason = "the save file was written to since it is served"
             else:
                 reason = os.strerror(statistics.last_error)
             return (

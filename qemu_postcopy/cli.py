@@ -284,6 +284,13 @@ def serving_options(function: Any) -> Any:
     metavar="DIR",
     help="Keep what a save file is converted to, for further restores (--connect).",
 )
+@click.option(
+    "--in-place/--no-in-place",
+    default=None,
+    help="Read pages from the save file itself, whoever writes to it waiting until all are read; "
+    "or convert it first. Default: read from a private copy that shares its data, where the file "
+    "system can make one, else convert (--connect).",
+)
 @serving_options
 def restore(
     image: Path,
@@ -297,6 +304,7 @@ def restore(
     reset_nvram: bool,
     bypass_cache: bool,
     keep_image: Path | None,
+    in_place: bool | None,
     **rest: Any,
 ) -> None:
     """Resume the guest in IMAGE: it runs at once, its memory follows.
@@ -313,6 +321,7 @@ def restore(
       qemu-postcopy restore --attach-by preload vm.qpc
       qemu-postcopy restore vm.qpc -- qemu-system-x86_64 -m 4G -machine pc ...
       qemu-postcopy restore --connect qemu:///system vm.save
+      qemu-postcopy restore --connect qemu:///system --in-place vm.save
     """
     if connect is not None:
         from qemu_postcopy.libvirt.commands import restore_by_libvirt
@@ -332,12 +341,14 @@ def restore(
             reset_nvram=reset_nvram,
             bypass_cache=bypass_cache,
             keep_image=keep_image,
+            in_place=in_place,
             rest=rest,
         )
         return
-    if xml or running or reset_nvram or keep_image or bypass_cache:
+    if xml or running or reset_nvram or keep_image or bypass_cache or in_place is not None:
         raise UsageError(
-            "--xml, --running, --reset-nvram, --keep-image and --bypass-cache are for libvirt",
+            "--xml, --running, --reset-nvram, --keep-image, --bypass-cache and --in-place are for "
+            "libvirt",
             hint="say --connect URI too",
         )
     target = {"qemu": qemu, "command": command, "extra_arguments": qemu_arg}

@@ -61,6 +61,18 @@ class HostError(PostcopyError):
     exit_code = 3
 
 
+class LeaseRefusedError(HostError):
+    """Writers cannot be kept off a file; nothing was changed.  ``errno`` says why (fcntl(2))."""
+
+    def __init__(self, message: str, *, hint: str = "", errno: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.errno = errno
+
+
+class InPlaceRefusedError(HostError):
+    """A save file cannot be served in place here; converted it can be restored."""
+
+
 class Outcome(enum.Enum):
     """Why an operation on a userfaultfd did not do all it was asked for, by name.
 

@@ -146,7 +146,7 @@ def _entry(path: Path) -> dict[str, Any]:
         "filled": _filled(statistics, state),
         "pid": record.pid,
         "sidecar_pid": record.sidecar_pid if served else 0,
-        "image": record.image,
+        "image": record.shown or record.image,
         "trouble": trouble,
     }
 

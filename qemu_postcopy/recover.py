@@ -70,7 +70,7 @@ async def recover(
         GuestEndedError: QEMU has ended.
         PostcopyError: it cannot be taken over now; the guest waits on, nothing is lost.
     """
-    from qemu_postcopy.image.image import Image
+    from qemu_postcopy.image.in_place import open_image
 
     await _claim(run)
     try:
@@ -90,7 +90,7 @@ async def recover(
             drop_rights=drop_rights,
             trace=Path(record.trace) if record.trace else None,
         )
-        session = Session(Image.open(Path(record.image)), run, options, listener)
+        session = Session(open_image(Path(record.image)), run, options, listener)
         session.attached_by = record.attached_by
         # A sidecar that was killed has left its socket behind; the lock says that it is gone.
         run.control_socket.unlink(missing_ok=True)

@@ -325,7 +325,7 @@ def describe(session: Session) -> dict[str, Any]:
         "name": session.run.name,
         "state": str(session.state),
         "pid": session.identity.pid if session.identity else 0,
-        "image": str(session.image.path),
+        "image": str(session.image.shown_path),
         "trouble": session.trouble(),
         "chaos": _chaos(session),
         "statistics": statistics,

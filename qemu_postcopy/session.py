@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.accounts import Accounts
     from qemu_postcopy.image.image import Image
     from qemu_postcopy.paging.chaos import ChaosSchedule, ChaosSource
+    from qemu_postcopy.paging.lease import Lease
     from qemu_postcopy.paging.ledger import Ledger
     from qemu_postcopy.paging.pager import Pager, PagerBlock, Statistics
     from qemu_postcopy.paging.prefetch import WorkingSet
@@ -208,6 +209,10 @@ class Session:
         #: the sources that fail on purpose, if any do
         self.chaos_sources: list[ChaosSource] = []
         self._ledger: Ledger | None = None
+        # On page data that is somebody else's file.
+        self._lease: Lease | None = None
+        # Whether somebody waits to write to it: all that counts is to have the rest soon.
+        self._hurried = False
         self._working_set: WorkingSet | None = None
         self._working_set_kept = False
         #: once there is a pager
@@ -340,6 +345,11 @@ class Session:
         # Before the pager's thread: each thread has rights of its own.
         if self.options.drop_rights:
             drop_ptrace_rights()
+        if self._hurried:
+            raise HostError(
+                f"somebody wants to write to {self.image.shown_path}: it cannot be served in place",
+                hint="nothing is lost: restore it before that, or again when that is over",
+            )
         self._started_pager().start()
         self._enter(State.SERVING)
 
@@ -408,6 +418,8 @@ class Session:
         if self.options.drop_rights:
             drop_ptrace_rights()
         pager.start()
+        if self._hurried:
+            self.fill_at_full_speed()
         for block in self._layout:
             registration.wake(self._userfaultfd, block.address, block.size_bytes)
         # session.json keeps the state that it has: it says how far the dead sidecar had come.
@@ -672,8 +684,15 @@ class Session:
         self.set_background(True, 0)
 
     def set_background(self, enabled: bool, rate: int) -> None:
-        """From now on, and by whoever takes over; ``rate`` in bytes per second, 0 for no limit."""
-        if self.pager is not None:
+        """From now on, and by whoever takes over; ``rate`` in bytes per second, 0 for no limit.
+
+        Where somebody waits to write to the file that page data comes from, that waits for no wish.
+        """
+        if self._hurried:
+            enabled, rate = True, 0
+        if self.pager is not None and self._hurried:
+            self.pager.set_background(enabled, rate, at_once=True)
+        elif self.pager is not None:
             self.pager.set_background(enabled, rate)
         self.options = replace(self.options, background=enabled, background_rate=rate)
         with contextlib.suppress(OSError, PostcopyError):
@@ -688,7 +707,9 @@ class Session:
     def start_background(self) -> None:
         """Begins to fill what nobody has asked for yet, if the options allow it."""
         pager = self._started_pager()
-        if self.options.background:
+        if self._hurried:
+            self.fill_at_full_speed()
+        elif self.options.background:
             pager.set_background(True, self.options.background_rate)
 
     async def wait_complete(self) -> None:
@@ -738,6 +759,7 @@ class Session:
             noting.cancel()
             watching.cancel()
         self._keep_working_set()
+        self._release_lease()
         self._enter(State.COMPLETE)
 
     async def _watch_directory(self) -> None:
@@ -868,6 +890,7 @@ class Session:
 
     def _record(self) -> None:
         identity, options = self.identity, self.options
+        shown = self.image.shown_path
         # Before that they are asked for, and the guest's first instruction is waited for.
         told = self.told() if self.state in (State.DETACHED, State.GONE) else {}
         self.run.write_record(
@@ -901,6 +924,7 @@ class Session:
                 threads=self.accounts.threads() if self.accounts else {},
                 async_offered=self.accounts.async_offered if self.accounts else None,
                 trace=str(options.trace.absolute()) if options.trace else "",
+                shown="" if shown == self.image.path else str(shown),
             )
         )
 
@@ -924,22 +948,57 @@ class Session:
 
         Computed once for each page size: a guest may be restored into a back-end of another one.
         """
-        from qemu_postcopy.image.page_data import data_bitmap
-        from qemu_postcopy.paging.source import FileSource
-
+        self._lease_page_data()
         key = (name, page_size)
         if key not in self._sources:
-            fd, offset = self.image.open_block(name)
-            source: Source = FileSource(fd)
+            source, offset, bitmap = self.image.open_source(name, page_size)
             if self.options.chaos is not None:
                 from qemu_postcopy.paging.chaos import ChaosSource
 
                 source = ChaosSource(source, self.options.chaos, name, offset)
                 self.chaos_sources.append(source)
             self._cleanup.callback(source.close)
-            size = self.image.manifest.block(name).size_bytes
-            self._sources[key] = (source, offset, data_bitmap(fd, offset, size, page_size))
+            self._sources[key] = (source, offset, bitmap)
         return self._sources[key]
+
+    def _lease_page_data(self) -> None:
+        """Has whoever wants to write to page data that is not ours wait until all of it is read."""
+        if self._lease is not None or self._hurried:
+            return
+        try:
+            self._lease = self.image.take_lease()
+        except HostError as error:
+            if not self._unsettled:
+                raise
+            # There is a guest. What is read is checked, so that it gets nothing wrong.
+            log.error("%s; filling the rest at once", error.message)
+            self._hurried = True
+            return
+        if self._lease is not None:
+            asyncio.get_running_loop().add_reader(self._lease.fileno(), self._give_way)
+            self._cleanup.callback(self._release_lease)
+
+    def _give_way(self) -> None:
+        """Somebody waits to write to the file that page data comes from, for so long as the kernel
+        lets us keep it: fill the rest, whatever that costs the guest."""
+        from qemu_postcopy.paging.lease import break_seconds
+
+        assert self._lease is not None
+        asyncio.get_running_loop().remove_reader(self._lease.fileno())
+        self._hurried = True
+        log.warning(
+            "somebody wants to write to %s, and waits for up to %d s: filling the rest at once",
+            self.image.shown_path,
+            break_seconds(),
+        )
+        if self.pager is not None:
+            self.fill_at_full_speed()
+
+    def _release_lease(self) -> None:
+        if self._lease is not None:
+            asyncio.get_running_loop().remove_reader(self._lease.fileno())
+            self._lease.release()
+            self._lease = None
 
     def _pager_blocks(self) -> list[PagerBlock]:
         from qemu_postcopy.paging.pager import PagerBlock
@@ -985,7 +1044,9 @@ class Session:
             self.identity.pid,
             self.pager,
             self._layout,
-            f"the image {self.image.path}",
+            f"the image {self.image.path}"
+            if self.image.shown_path == self.image.path
+            else str(self.image.shown_path),
             threads,
             asked_for_async=self._asked_for_async,
             async_offered=async_offered,

@@ -71,7 +71,7 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
         "name": directory.name,
         "state": record.state,
         "pid": record.pid,
-        "image": record.image,
+        "image": record.shown or record.image,
         "trouble": "",
         "chaos": None,
         "statistics": record.statistics,

@@ -41,10 +41,16 @@ struct qpc_pager_block {
 
 enum { QPC_PAGER_JOURNAL_SIZE = 2048 };
 
+enum qpc_background {
+    QPC_BACKGROUND_OFF = 0,
+    QPC_BACKGROUND_ON = 1,     /* when no fault has come for a moment */
+    QPC_BACKGROUND_AT_ONCE = 2 /* between any two faults: page data will not be there for long */
+};
+
 struct qpc_pager_options {
     int userfaultfd;          /* O_NONBLOCK, registered; not closed by the pager */
     uint64_t chunk_size;      /* bytes filled around a fault: a power of two, 4 KiB to 2 MiB */
-    int background;           /* fill the rest while nobody waits */
+    int background;           /* fill the rest while nobody waits: enum qpc_background */
     uint64_t background_rate; /* bytes per second; 0 = as fast as it goes */
     uint32_t spin_limit_us;   /* longest poll for the next fault before sleeping; 0 = never */
     int note_first_faults;    /* see qpc_pager_first_faults() */
@@ -150,7 +156,7 @@ int qpc_pager_start(struct qpc_pager *pager, struct qpc_error *err);
  */
 int qpc_pager_stop(struct qpc_pager *pager, struct qpc_error *err);
 
-/* May be called at any time, from any thread. */
+/* May be called at any time, from any thread. background: enum qpc_background. */
 void qpc_pager_set_background(struct qpc_pager *pager, int background, uint64_t rate);
 void qpc_pager_read_statistics(const struct qpc_pager *pager, struct qpc_pager_statistics *ret);
 

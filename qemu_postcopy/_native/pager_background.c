@@ -42,7 +42,7 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
     /* A thread that just got its page is likely to need the next: a unit would keep it waiting. */
     quiet_ns = min_u64(p->answered_ns + BACKGROUND_QUIET_NS,
                        p->background_filled_ns + BACKGROUND_AT_LEAST_NS);
-    if (now < quiet_ns)
+    if (now < quiet_ns && GET(p->background) != QPC_BACKGROUND_AT_ONCE)
         return quiet_ns;
     if (rate) {
         uint64_t burst = rate / 20 > p->buffer_size ? rate / 20 : p->buffer_size;

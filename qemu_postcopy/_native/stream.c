@@ -12,41 +12,16 @@
 #include <unistd.h>
 
 #include "page_file.h"
+#include "stream_records.h"
 
 #define BUFFER_BYTES (1u << 20)
 #define PEEK_BYTES_MAX 1024u
 #define PIPE_BYTES (1 << 20)
-#define NAME_BYTES_MAX 255u
-#define PAGE_BYTES_MIN 1024u
-#define PAGE_BYTES_MAX 65536u
-#define BLOCKS_MAX 4096u
-#define BLOCK_BYTES_MAX (1ull << 46)
 #define IOVECS_MAX 1024u
 #define RECORDS_BYTES (256u << 10)
 
-/* QEMU, migration/ram.c: RAM_SAVE_FLAG_*, in the low bits of a page's offset. */
-enum {
-    FLAG_ZERO = 0x02,
-    FLAG_MEM_SIZE = 0x04,
-    FLAG_PAGE = 0x08,
-    FLAG_EOS = 0x10,
-    FLAG_CONTINUE = 0x20,
-};
-
-/* Flags of features whose pages cannot be read here, and the capability that makes QEMU use them. */
-static const struct {
-    uint32_t flag;
-    const char *name;
-    const char *capability;
-} refused_flags[] = {
-    { 0x40, "XBZRLE", "xbzrle" },
-    { 0x80, "HOOK", "rdma-pin-all (RDMA)" },
-    { 0x100, "COMPRESS_PAGE", "compress" },
-    { 0x200, "MULTIFD_FLUSH", "multifd" },
-};
-
 struct block {
-    char name[NAME_BYTES_MAX + 1];
+    char name[QPC_NAME_BYTES_MAX + 1];
     uint64_t length;
     int page_fd;
     uint64_t page_offset;
@@ -72,7 +47,7 @@ struct qpc_stream {
     size_t end;
     uint64_t end_offset; /* in the stream, of buffer + end */
     uint32_t page_size;
-    struct block *blocks[BLOCKS_MAX];
+    struct block *blocks[QPC_BLOCKS_MAX];
     uint32_t block_count;
     struct block *current; /* what CONTINUE means; outlives a section, as in QEMU */
     struct pending pending;
@@ -384,15 +359,13 @@ int qpc_stream_add_block(struct qpc_stream *stream, const char *name, uint64_t l
     size_t name_length = strlen(name);
     struct block *block;
 
-    if (page_size < PAGE_BYTES_MIN || page_size > PAGE_BYTES_MAX || page_size & (page_size - 1) ||
-        (stream->block_count > 0 && page_size != stream->page_size))
+    if (stream->block_count > 0 && page_size != stream->page_size)
         return qpc_error_set(err, QPC_INVALID, 0, "%u bytes is no possible target page size",
                              page_size);
-    if (name_length == 0 || name_length > NAME_BYTES_MAX || length > BLOCK_BYTES_MAX ||
-        length % page_size || stream->block_count == BLOCKS_MAX)
-        return qpc_error_set(err, QPC_FORMAT, 0,
-                             "RAM block \"%.64s\" of %llu bytes is impossible", name,
-                             (unsigned long long)length);
+    if (qpc_record_check_block(name, length, page_size, err) < 0)
+        return -1;
+    if (stream->block_count == QPC_BLOCKS_MAX)
+        return qpc_error_set(err, QPC_FORMAT, 0, "more than %u RAM blocks", QPC_BLOCKS_MAX);
     block = calloc(1, sizeof(*block));
     if (block && page_fd >= 0) {
         block->written = calloc((length / page_size + 7) / 8 + 1, 1);
@@ -494,7 +467,7 @@ static int take_zero_page(struct qpc_stream *stream, struct block *block, uint64
     block->counts.pages_zero++;
     count_up(&stream->pages_zero);
     if (!block->written)
-        return put_record(stream, block, offset, FLAG_ZERO, (const uint8_t *)"", 1, err);
+        return put_record(stream, block, offset, QPC_RECORD_ZERO, (const uint8_t *)"", 1, err);
     if (!(block->written[page / 8] & bit))
         return 0;
     block->written[page / 8] &= (uint8_t)~bit;
@@ -513,31 +486,12 @@ static int take_data_page(struct qpc_stream *stream, struct block *block, uint64
     block->counts.pages_data++;
     count_up(&stream->pages_data);
     if (!block->written)
-        return put_record(stream, block, offset, FLAG_PAGE, data, stream->page_size, err);
+        return put_record(stream, block, offset, QPC_RECORD_PAGE, data, stream->page_size, err);
     if (!(block->written[page / 8] & bit)) {
         block->written[page / 8] |= bit;
         block->counts.pages_written++;
     }
     return defer_page(stream, block, offset, data, err);
-}
-
-static int check_flags(uint32_t flags, uint64_t at, struct qpc_error *err)
-{
-    uint32_t kind = flags & ~(uint32_t)FLAG_CONTINUE;
-
-    for (size_t i = 0; i < sizeof(refused_flags) / sizeof(refused_flags[0]); i++)
-        if (flags & refused_flags[i].flag)
-            return qpc_error_set(err, QPC_FORMAT, 0,
-                                 "RAM record at offset %llu has the flag %s: switch the migration "
-                                 "capability %s off",
-                                 (unsigned long long)at, refused_flags[i].name,
-                                 refused_flags[i].capability);
-    if (kind == FLAG_PAGE || kind == FLAG_ZERO || flags == FLAG_EOS)
-        return 0;
-    return qpc_error_set(err, QPC_FORMAT, 0,
-                         "RAM record at offset %llu has the unexpected flags %#x%s",
-                         (unsigned long long)at, flags,
-                         flags & FLAG_MEM_SIZE ? " (a second block list)" : "");
 }
 
 /* The block of a record: the last one, or the one whose name stands next in the stream. */
@@ -547,7 +501,7 @@ static struct block *take_block(struct qpc_stream *stream, uint32_t flags, uint6
     const uint8_t *name;
     size_t length;
 
-    if (flags & FLAG_CONTINUE) {
+    if (flags & QPC_RECORD_CONTINUE) {
         if (!stream->current)
             qpc_error_set(err, QPC_FORMAT, 0,
                           "RAM record at offset %llu continues a block, but none was named",
@@ -590,9 +544,9 @@ static int take_records(struct qpc_stream *stream, struct qpc_error *err)
         stream->begin += 8;
         flags = (uint32_t)offset & (page_size - 1);
         offset -= flags;
-        if (check_flags(flags, at, err) < 0)
+        if (qpc_record_check_flags(flags, at, err) < 0)
             return -1;
-        if (flags == FLAG_EOS) {
+        if (flags == QPC_RECORD_EOS) {
             if (offset)
                 return qpc_error_set(err, QPC_FORMAT, 0,
                                      "the end mark at offset %llu carries a page offset",
@@ -608,10 +562,10 @@ static int take_records(struct qpc_stream *stream, struct qpc_error *err)
                                  "%.64s of %#llx bytes",
                                  (unsigned long long)at, (unsigned long long)offset, block->name,
                                  (unsigned long long)block->length);
-        if (need(stream, flags & FLAG_ZERO ? 1 : page_size, err) < 0)
+        if (need(stream, flags & QPC_RECORD_ZERO ? 1 : page_size, err) < 0)
             return -1;
         payload = stream->buffer + stream->begin;
-        if (flags & FLAG_ZERO) {
+        if (flags & QPC_RECORD_ZERO) {
             stream->begin += 1;
             if (*payload)
                 return qpc_error_set(err, QPC_FORMAT, 0,

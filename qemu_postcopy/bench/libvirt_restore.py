@@ -41,7 +41,8 @@ TICK_MS = 2
 SETTLE_SECONDS = 0.5
 
 VIRSH = "virsh restore"
-FILE = "lazy, from the save file"
+IN_PLACE = "lazy, from the save file in place"
+FILE = "lazy, from the save file converted"
 IMAGE = "lazy, from an image"
 HOOK_FILE = "virsh restore by the hook, from the save file"
 HOOK_IMAGE = "virsh restore by the hook, from an image"
@@ -109,6 +110,7 @@ class LibvirtRestoreBench:
             domain.prepare()
             ways = {
                 VIRSH: domain.restore_by_virsh,
+                IN_PLACE: domain.restore_in_place,
                 FILE: domain.restore_file,
                 IMAGE: domain.restore_image,
             }
@@ -199,9 +201,13 @@ class _Domain:
         """virsh's own, eager."""
         return [*self._virsh, "restore", str(self._saved)]
 
+    def restore_in_place(self) -> list[str]:
+        """Of what virsh save wrote, where it lies."""
+        return self._lazily(self._saved, "--in-place")
+
     def restore_file(self) -> list[str]:
-        """Of what virsh save wrote."""
-        return self._lazily(self._saved)
+        """The same, converted first."""
+        return self._lazily(self._saved, "--no-in-place")
 
     def restore_image(self) -> list[str]:
         """Of what snapshot --connect, image import or --keep-image make."""
@@ -215,9 +221,9 @@ class _Domain:
         """virsh's own, of what `libvirt save-file` makes of an image."""
         return [*self._virsh, "restore", str(self._lazy)]
 
-    def _lazily(self, source: Path) -> list[str]:
+    def _lazily(self, source: Path, *options: str) -> list[str]:
         name = ["--name", self.name]
-        return [*self._tool, "restore", "--connect", self._uri, *name, str(source)]
+        return [*self._tool, "restore", "--connect", self._uri, *name, *options, str(source)]
 
     def time(self, words: list[str], *, served: bool) -> float:
         """Runs the command, and returns the seconds to the first output; ends the domain.

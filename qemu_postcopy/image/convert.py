@@ -134,15 +134,13 @@ def import_image(
         xml = header.domain_xml if header else None
         guest_name = None
         if xml is not None:
-            xml_architecture, guest_name = _read_domain(xml)
+            xml_architecture, guest_name = read_domain(xml)
             architecture = architecture or xml_architecture
         if header is not None and launch is None:
-            # What a save file's header says beside the XML, for a restore through libvirt.
-            noted = {"cookie": header.cookie, "was_running": header.was_running}
-            launch = {"libvirt": noted}
+            launch = noted_launch(header)
         return writer.finish(
             summary,
-            architecture=architecture or _guess_architecture(summary.machine),
+            architecture=architecture or guess_architecture(summary.machine),
             source=f"{source.kind} file {Path(source_path).name}",
             qemu_version=qemu_version,
             guest_name=guest_name,
@@ -153,7 +151,17 @@ def import_image(
         )
 
 
-def _guess_architecture(machine: str) -> str:
+def noted_launch(header: libvirt_save.SaveHeader) -> dict[str, Any]:
+    """What a save file's header says beside the XML, for a restore through libvirt."""
+    return {"libvirt": {"cookie": header.cookie, "was_running": header.was_running}}
+
+
+def guess_architecture(machine: str) -> str:
+    """As in the QEMU binary's name.
+
+    Raises:
+        UsageError: several have a machine of that name.
+    """
     for prefix, architecture in _ARCHITECTURES.items():
         if machine.startswith(prefix):
             return architecture
@@ -163,7 +171,7 @@ def _guess_architecture(machine: str) -> str:
     )
 
 
-def _read_domain(xml: str) -> tuple[str | None, str | None]:
+def read_domain(xml: str) -> tuple[str | None, str | None]:
     """Architecture and name in libvirt's domain XML."""
     from xml.etree import ElementTree
 

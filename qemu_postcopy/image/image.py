@@ -13,6 +13,7 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qemu_postcopy.errors import ImageError
 from qemu_postcopy.image.manifest import (
@@ -23,6 +24,10 @@ from qemu_postcopy.image.manifest import (
     parse_manifest,
 )
 from qemu_postcopy.image.page_data import SEGMENT_BYTES, data_bitmap, hash_file, hash_segment
+
+if TYPE_CHECKING:
+    from qemu_postcopy.paging.lease import Lease
+    from qemu_postcopy.paging.source import Source
 
 #: Bytes done, bytes in all.  Called from several threads, one at a time; what it raises ends the
 #: operation.
@@ -52,8 +57,12 @@ class Image:
                 f"{path} is no image: it is not a directory",
                 hint="give the directory that snapshot wrote; import other formats first",
             )
-        text = _read_manifest(path)
-        image = cls(path, parse_manifest(text))
+        image = cls(path, read_manifest(path))
+        if image.manifest.saved is not None:
+            raise ImageError(
+                f"{path} is no image: {image.manifest.saved.path} is served in place there",
+                hint="give that file; this directory goes with the guest it was made for",
+            )
         ends: dict[str, int] = {}
         for block in image.manifest.blocks:
             end = block.offset_bytes + block.size_bytes
@@ -76,6 +85,35 @@ class Image:
     def _open_file(self, file: str) -> int:
         """Opens a file of the image, following no symbolic link out of it."""
         return open_below(self.path, file)
+
+    @property
+    def shown_path(self) -> Path:
+        """What the operator knows it by."""
+        return self.path
+
+    def take_lease(self) -> Lease | None:
+        """Keeps page data from being written to by others, where it is not ours; the caller's."""
+        return None
+
+    def open_source(self, name: str, page_size_bytes: int) -> tuple[Source, int, bytearray]:
+        """The page data of a lazy block, for a pager.
+
+        Args:
+            page_size_bytes: of the memory that it is for.
+
+        Returns:
+            the source, which is the caller's, the offset of the block's first byte in it, and one
+            bit per page, least significant first: whether it has data, or is known to be zero.
+
+        Raises:
+            ImageError: no such block, or the file is not there any more.
+        """
+        from qemu_postcopy.paging.source import FileSource
+
+        descriptor, offset = self.open_block(name)
+        source = FileSource(descriptor)
+        size = self.manifest.block(name).size_bytes
+        return source, offset, data_bitmap(descriptor, offset, size, page_size_bytes)
 
     def open_state(self) -> io.BufferedReader:
         """The stored ``state.bin``, with its changed magic; see ``open_device_state``."""
@@ -173,12 +211,17 @@ def open_below(directory: Path, file: str) -> int:
     return fd
 
 
-def _read_manifest(path: Path) -> bytes:
+def read_manifest(path: Path) -> Manifest:
+    """Of an image, or of a directory in which a save file is served in place.
+
+    Raises:
+        ImageError: there is none, or it is damaged.
+    """
     with os.fdopen(open_below(path, MANIFEST_FILE), "rb") as file:
         text = file.read(MANIFEST_BYTES_MAX + 1)
     if len(text) > MANIFEST_BYTES_MAX:
         raise ImageError(f"{path / MANIFEST_FILE} is too long", hint=_COPY_AGAIN)
-    return text
+    return parse_manifest(text)
 
 
 class Steps:

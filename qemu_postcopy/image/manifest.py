@@ -23,6 +23,8 @@ MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.bin"
 RAM_DIRECTORY = "ram"
 FORMAT = "qemu-postcopy-image"
+#: of a directory in which a save file is served in place (``in_place.py``)
+IN_PLACE_FORMAT = "qemu-postcopy-in-place"
 FORMAT_VERSION = 1
 MANIFEST_BYTES_MAX = 64 << 20
 DEFAULT_CHUNK_BYTES = 64 << 10
@@ -73,6 +75,20 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class SavedFile:
+    """The file that pages are read from where a save file is served in place, by fstat(2)."""
+
+    #: of the operator's file
+    path: str
+    #: "clone": a private copy; "lease": the operator's file itself, by a hard link
+    way: str
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about an image but its data."""
 
@@ -95,6 +111,9 @@ class Manifest:
     #: what the guest had as disks: opaque here
     disks: tuple[Mapping[str, Any], ...] = ()
     segment_bytes: int = SEGMENT_BYTES
+    #: where a save file is served in place: blocks' files say then where in it their pages lie, and
+    #: have one checksum each, of the whole of that file
+    saved: SavedFile | None = None
 
     def block(self, name: str) -> Block:
         """The lazy block of that name.
@@ -113,7 +132,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's content."""
-        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        name = FORMAT if self.saved is None else IN_PLACE_FORMAT
+        document = {"format": name, "format_version": FORMAT_VERSION, **asdict(self)}
+        if self.saved is None:
+            del document["saved"]
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -128,7 +150,8 @@ def parse_manifest(text: str | bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ImageError(f"{MANIFEST_FILE} is no JSON: {error}", hint=_HINT) from error
     top = _Fields(document, "")
-    if top.text("format") != FORMAT:
+    form = top.text("format")
+    if form not in (FORMAT, IN_PLACE_FORMAT):
         top.refuse("format", f"is not {FORMAT}")
     version = top.integer("format_version", 1)
     if version != FORMAT_VERSION:
@@ -136,13 +159,13 @@ def parse_manifest(text: str | bytes) -> Manifest:
             f"the image's format version is {version}; this program knows {FORMAT_VERSION}",
             hint="update qemu-postcopy on this host",
         )
-    manifest = _parse_top(top)
+    manifest = _parse_top(top, in_place=form == IN_PLACE_FORMAT)
     top.finish()
     _check_blocks(manifest)
     return manifest
 
 
-def _parse_top(top: _Fields) -> Manifest:
+def _parse_top(top: _Fields, *, in_place: bool) -> Manifest:
     page_size = top.power_of_two("target_page_size_bytes", 1 << 10, 1 << 16)
     segment = top.integer("segment_bytes", 1)
     if segment != SEGMENT_BYTES:
@@ -155,13 +178,15 @@ def _parse_top(top: _Fields) -> Manifest:
         chunk_size_bytes=top.power_of_two("chunk_size_bytes", 1 << 12, 1 << 21),
         state=_parse_state(top.object("state")),
         blocks=tuple(
-            _parse_block(fields, page_size) for fields in top.objects("blocks", BLOCKS_MAX)
+            _parse_block(fields, page_size, in_place=in_place)
+            for fields in top.objects("blocks", BLOCKS_MAX)
         ),
         provenance=_parse_provenance(top.object("provenance")),
         launch=top.mapping("launch"),
         domain_xml=top.optional_text("domain_xml"),
         disks=tuple(dict(fields.values) for fields in top.objects("disks", 4096)),
         segment_bytes=segment,
+        saved=_parse_saved(top.object("saved")) if in_place else None,
     )
 
 
@@ -173,7 +198,22 @@ def _parse_state(fields: _Fields) -> StateFile:
     return state
 
 
-def _parse_block(fields: _Fields, target_page_size: int) -> Block:
+def _parse_saved(fields: _Fields) -> SavedFile:
+    saved = SavedFile(
+        fields.text("path"),
+        fields.text("way"),
+        fields.integer("device", 0, (1 << 64) - 1),
+        fields.integer("inode", 0, (1 << 64) - 1),
+        fields.integer("size_bytes", 1),
+        fields.integer("mtime_ns", -(1 << 63), (1 << 64) - 1),
+    )
+    if saved.way not in ("clone", "lease"):
+        fields.refuse("way", "is not known")
+    fields.finish()
+    return saved
+
+
+def _parse_block(fields: _Fields, target_page_size: int, *, in_place: bool) -> Block:
     size = fields.integer("size_bytes", 1, BLOCK_BYTES_MAX)
     page_size = fields.power_of_two("page_size_bytes", 1 << 12, 1 << 34)
     if size % page_size or size % target_page_size:
@@ -185,7 +225,7 @@ def _parse_block(fields: _Fields, target_page_size: int) -> Block:
     offset = fields.integer("offset_bytes", 0, BLOCK_BYTES_MAX)
     if offset % page_size:
         fields.refuse("offset_bytes", f"is no multiple of the page size {page_size}")
-    hashes = fields.sha256_list("segment_sha256", -(-size // SEGMENT_BYTES))
+    hashes = fields.sha256_list("segment_sha256", 1 if in_place else -(-size // SEGMENT_BYTES))
     block = Block(
         fields.text("name"),
         size,

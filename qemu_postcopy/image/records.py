@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from qemu_postcopy._native import check, ffi, lib, new_error, raise_error
 from qemu_postcopy.errors import ImageError, OperationCancelledError
@@ -99,7 +99,7 @@ class StreamReader:
         if self._stream == ffi.NULL:
             raise_error(self._error, hint="free memory or file descriptors")
 
-    def __enter__(self) -> StreamReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -49,6 +49,8 @@ LAZY_BLOCK_BYTES_MIN = 16 << 20
 #: Parts of names of blocks that devices and firmware use while the device state is loaded.
 EAGER_NAME_PARTS = ("vga.vram", ".rom", "bios", "flash")
 _COMMANDS_MAX = 4096
+#: What ``open_block`` of a :class:`Walk` returns for a block whose pages stay where they are.
+INDEXED = -2
 #: virtio-mem has a bit for each of its blocks, of 1 MiB at least
 _EARLY_BYTES_MAX = 16 << 20
 _AHEAD_BYTES = 1024
@@ -177,7 +179,7 @@ class Demultiplexer:
                 0o600,
             )
             self._open_fds.append(state_fd)
-            walk = _Walk(self._reader, state_fd, self._open_block, self._check_names)
+            walk = Walk(self._reader, state_fd, self._open_block, self._check_names)
             summary = walk.run(devices=False)
             return replace(
                 summary,
@@ -234,10 +236,10 @@ def read_summary(fd: int, offset_bytes: int = 0) -> StreamSummary:
         StreamReader(fd, offset_bytes) as reader,
         tempfile.TemporaryFile(prefix="qemu-postcopy-") as rest,
     ):
-        return _Walk(reader, rest.fileno()).run(devices=True)
+        return Walk(reader, rest.fileno()).run(devices=True)
 
 
-class _Walk:
+class Walk:
     """One pass over a stream.
 
     With ``open_block``, which opens a lazy block's page file, and ``check_blocks``, which is shown
@@ -265,6 +267,8 @@ class _Walk:
         self._blocks: list[BlockHeader] = []
         self._page_fds: list[int | None] = []
         self._mapped_counts: dict[str, tuple[int, int, int]] = {}
+        #: of mapped-ram blocks whose pages stay where they are: where, and which have data
+        self.mapped: dict[str, tuple[int, bytes]] = {}
         self._sections: dict[tuple[SectionType, int], SectionSummary] = {}
         # How many devices' states came before the RAM's end.
         self._early = 0
@@ -446,7 +450,10 @@ class _Walk:
         written = 0
         source = (reader.fd, block.mapped.pages_offset_bytes, block.size_bytes)
         page_size = block.mapped.page_size_bytes
-        if page_fd is not None:
+        if page_fd == INDEXED:
+            self.mapped[block.name] = block.mapped.pages_offset_bytes, bitmap
+            written = data
+        elif page_fd is not None:
             copied = page_data.copy_pages(
                 *source, page_size, page_fd, 0, source_bitmap=bitmap, cancel_fd=reader.cancel_fd
             )

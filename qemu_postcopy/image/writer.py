@@ -153,7 +153,7 @@ class ImageWriter:
             text = manifest.to_json()
             manifest = parse_manifest(text)
             self._write_manifest(text)
-            self._put_in_place()
+            self.put_in_place()
         except OSError as error:
             raise HostError(
                 f"the image {self.target} cannot be finished: {error.strerror}",
@@ -191,13 +191,22 @@ class ImageWriter:
             file.flush()
             os.fsync(file.fileno())
 
-    def _put_in_place(self) -> None:
-        _sync_directory(self.directory / RAM_DIRECTORY)
-        _sync_directory(self.directory)
+    def put_in_place(self, *, durable: bool = True) -> None:
+        """Gives the directory its name: it is finished.
+
+        Args:
+            durable: it is to outlive a crash of the host.
+
+        Raises: OSError, if something has that name by now.
+        """
+        if durable:
+            _sync_directory(self.directory / RAM_DIRECTORY)
+            _sync_directory(self.directory)
         # rename(2) replaces an empty directory only: an image that appeared meanwhile stays.
         self.directory.rename(self.target)
         self._finished = True
-        _sync_directory(self.target.parent)
+        if durable:
+            _sync_directory(self.target.parent)
 
 
 def find_leftovers(target: str | Path) -> list[Path]:

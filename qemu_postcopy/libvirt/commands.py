@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import click
+
 from qemu_postcopy.cli import session_options, start_sidecar
 from qemu_postcopy.errors import UsageError
 from qemu_postcopy.libvirt import domain_xml
@@ -41,6 +43,7 @@ def restore_by_libvirt(
     reset_nvram: bool,
     bypass_cache: bool,
     keep_image: Path | None,
+    in_place: bool | None,
     rest: dict[str, Any],
 ) -> None:
     """`restore --connect`; ``rest`` as serving_options gives it."""
@@ -57,6 +60,12 @@ def restore_by_libvirt(
             "--bypass-cache is about save files: the page cache is where an image is served from",
             hint="leave it out",
         )
+    if in_place and (source.is_dir() or keep_image is not None or bypass_cache):
+        raise UsageError(
+            "--in-place is about save files, which are not converted then, and stay in the page "
+            "cache",
+            hint="leave it out, or --keep-image and --bypass-cache",
+        )
     if keep_image is not None and source.is_dir():
         raise UsageError(f"{source} is an image already", hint="leave --keep-image out")
     options = LibvirtRestoreOptions(
@@ -67,13 +76,21 @@ def restore_by_libvirt(
         reset_nvram=reset_nvram,
         keep_image=keep_image,
         verify=rest["verify"],
+        in_place=False if bypass_cache else in_place,
         session=session_options(rest),
     )
     remove_ended()
     run = RunDirectory.create(rest["name"] or run_name_of(name))
     try:
         with byte_progress("converting") as progress:
-            saved = open_saved(source, keep_image, run, progress)
+            saved = open_saved(
+                source,
+                keep_image,
+                run,
+                progress,
+                in_place=options.in_place,
+                say=lambda text: click.echo(text, err=True),
+            )
         if bypass_cache:
             _drop_cache(source)
     except BaseException:

@@ -23,6 +23,7 @@ from qemu_postcopy.errors import (
     GuestEndedError,
     HostError,
     ImageError,
+    InPlaceRefusedError,
     LibvirtError,
     MismatchError,
     PostcopyError,
@@ -74,6 +75,8 @@ class LibvirtRestoreOptions:
         keep_image: where a save file is converted to, and stays; None: beside it, for as long as
             it is needed.
         verify: check every hash of the image first.
+        in_place: a save file is read from where it is: None: if a private copy of it can be made
+            without copying data; True: else from the file itself, under a lease; False: never.
     """
 
     uri: str
@@ -83,6 +86,7 @@ class LibvirtRestoreOptions:
     reset_nvram: bool = False
     keep_image: Path | None = None
     verify: bool = False
+    in_place: bool | None = None
     session: SessionOptions = field(default_factory=SessionOptions)
 
 
@@ -149,9 +153,16 @@ def open_saved(
     keep_image: Path | None,
     run: RunDirectory,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    in_place: bool | None = False,
+    say: Callable[[str], None] = log.warning,
 ) -> Saved:
-    """Opens an image, or converts a save file to one, which goes with the guest unless it is to be
-    kept.
+    """Opens an image, has a save file served in place, or converts it to an image, which goes with
+    the guest unless it is to be kept.
+
+    Args:
+        in_place: see LibvirtRestoreOptions.
+        say: is told why a save file is converted.
 
     Raises:
         ImageError: it is neither, or knows no domain.
@@ -163,7 +174,10 @@ def open_saved(
         target = keep_image or source.with_name(f".{source.name}.{os.getpid()}.qpc")
         if keep_image is None:
             run.note_disposable(target)
-        image = import_image(source, target, progress=progress)
+        served = None
+        if in_place is not False and keep_image is None:
+            served = _try_in_place(source, target, bool(in_place), progress, say)
+        image = served or import_image(source, target, progress=progress)
     manifest = image.manifest
     noted = manifest.launch.get("libvirt")
     if manifest.domain_xml is None or not isinstance(noted, dict):
@@ -174,6 +188,22 @@ def open_saved(
         str(noted.get("cookie", "")),
         bool(noted.get("was_running", True)),
     )
+
+
+def _try_in_place(
+    source: Path,
+    target: Path,
+    by_lease: bool,
+    progress: Callable[[int, int], None] | None,
+    say: Callable[[str], None],
+) -> Image | None:
+    from qemu_postcopy.image.in_place_writer import serve_in_place
+
+    try:
+        return serve_in_place(source, target, by_lease=by_lease, progress=progress)
+    except InPlaceRefusedError as refused:
+        say(f"converting {source} first: {refused.message}; {refused.hint}")
+        return None
 
 
 async def restore_domain(

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qemu_postcopy.errors import HostError
+from qemu_postcopy.errors import LeaseRefusedError
 
 #: fcntl(2), include/uapi/asm-generic/fcntl.h
 F_SETOWN_EX = 15
@@ -43,15 +43,6 @@ _WHY = {
         "put the file on a local file system (ext4, xfs, btrfs, tmpfs)",
     ),
 }
-
-
-class LeaseRefusedError(HostError):
-    """No lease can be had; nothing was changed.  ``errno`` says why."""
-
-    def __init__(self, name: str, number: int) -> None:
-        why, hint = _WHY.get(number, (os.strerror(number), "give a local file"))
-        super().__init__(f"{name} cannot be kept from being overwritten: {why}", hint=hint)
-        self.errno = number
 
 
 def break_seconds() -> int:
@@ -88,7 +79,10 @@ class Lease:
             os.close(self._descriptor)
             os.close(self._event)
             self._descriptor = self._event = -1
-            raise LeaseRefusedError(name, number)
+            why, hint = _WHY.get(number, (os.strerror(number), "give a local file"))
+            raise LeaseRefusedError(
+                f"{name} cannot be kept from being overwritten: {why}", hint=hint, errno=number
+            )
 
     def fileno(self) -> int:
         """Readable from when somebody wants to write to the file; stays so."""

@@ -239,9 +239,14 @@ class Pager:
             self._pager = ffi.NULL
             self._buffers.close()
 
-    def set_background(self, enabled: bool, rate: int = 0) -> None:
-        """Turns filling in the background on or off; ``rate`` in bytes per second, 0 = no limit."""
-        lib.qpc_pager_set_background(self._pager, enabled, rate)
+    def set_background(self, enabled: bool, rate: int = 0, *, at_once: bool = False) -> None:
+        """Turns filling in the background on or off; ``rate`` in bytes per second, 0 = no limit.
+
+        Args:
+            at_once: it does not wait for moments without faults either, which slows the guest.
+        """
+        mode = lib.QPC_BACKGROUND_AT_ONCE if enabled and at_once else int(enabled)
+        lib.qpc_pager_set_background(self._pager, mode, rate)
 
     def notify_fd(self) -> int:
         """Readable when the state changed, errors began or ended, or a thread faulted for the first

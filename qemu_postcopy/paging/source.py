@@ -67,3 +67,51 @@ class FileSource(Source):
         if handle == ffi.NULL:
             raise_error(error)
         super().__init__(handle)
+
+
+class SavedSource(Source):
+    """One block of a save file that is served in place.  Takes the descriptor over.
+
+    Args:
+        runs: packed ``struct qpc_saved_run``, see ``_native/saved_pages.h``.
+        size_bytes, page_size_bytes: of the block, and of the stream's pages.
+        file_size_bytes, mtime_ns: what the file must be still.
+
+    Raises:
+        ImageError: the runs are damaged.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        runs: bytes,
+        size_bytes: int,
+        page_size_bytes: int,
+        file_size_bytes: int,
+        mtime_ns: int,
+    ) -> None:
+        error = new_error()
+        identity = ffi.new("struct qpc_saved_identity *")
+        identity.size = file_size_bytes
+        identity.mtime_seconds, identity.mtime_nanoseconds = divmod(mtime_ns, 10**9)
+        self._runs = ffi.from_buffer("struct qpc_saved_run[]", runs)
+        self._page_size_bytes = page_size_bytes
+        self._size_bytes = size_bytes
+        handle = lib.qpc_source_open_saved(
+            descriptor, self._runs, len(self._runs), size_bytes, page_size_bytes, identity, error
+        )
+        if handle == ffi.NULL:
+            raise_error(error, hint="restore the save file again")
+        super().__init__(handle)
+
+    def data_bitmap(self, page_size_bytes: int) -> bytearray:
+        """One bit per page of that size, least significant first: whether any of it has data."""
+        bitmap = bytearray((self._size_bytes // page_size_bytes + 7) // 8)
+        lib.qpc_saved_data_bitmap(
+            self._runs,
+            len(self._runs),
+            self._page_size_bytes,
+            page_size_bytes,
+            ffi.from_buffer(bitmap),
+        )
+        return bitmap

@@ -121,6 +121,8 @@ class SessionRecord:
     async_offered: bool | None = None
     #: the file that every fault is recorded in
     trace: str = ""
+    #: what the operator knows the image by: of a save file that is served in place, that file
+    shown: str = ""
 
 
 class RunDirectory:

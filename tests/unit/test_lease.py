@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_postcopy.paging.lease import Lease, LeaseRefusedError, break_seconds
+from qemu_postcopy.errors import LeaseRefusedError
+from qemu_postcopy.paging.lease import Lease, break_seconds
 
 CONTENT = b"page data"
 

@@ -41,7 +41,7 @@ def run(run_dir: Path) -> RunDirectory:
 @pytest.fixture
 def session(run: RunDirectory) -> Session:
     manifest = SimpleNamespace(chunk_size_bytes=65536, state=SimpleNamespace(sha256="0" * 64))
-    image = SimpleNamespace(path=Path("/image"), manifest=manifest)
+    image = SimpleNamespace(path=Path("/image"), shown_path=Path("/image"), manifest=manifest)
     session = Session(cast(Image, image), run, SessionOptions())
     session.state = State.SERVING
     return session

@@ -38,7 +38,7 @@ STEPS: dict[str, tuple[Callable[[LaunchedSession], Any], State]] = {
 @pytest.fixture
 def session(run_dir: Path) -> LaunchedSession:
     manifest = SimpleNamespace(chunk_size_bytes=65536, state=SimpleNamespace(sha256="0" * 64))
-    image = SimpleNamespace(path=Path("/image"), manifest=manifest)
+    image = SimpleNamespace(path=Path("/image"), shown_path=Path("/image"), manifest=manifest)
     run = RunDirectory.create("s", run_dir / "run")
     return LaunchedSession(cast(Image, image), run, SessionOptions())
 

@@ -1,0 +1,170 @@
+"""Save files are served in place: not converted, and nothing is lost whoever comes for the file.
+
+Saved by virsh, raw and sparse.  The file is the operator's: it may be removed, replaced, saved to
+again while a guest lacks pages that are in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from libvirtd.conftest import Hosts
+from libvirtd.daemons import Host
+from libvirtd.domains import Domain, start_domain
+from libvirtd.saved import (
+    left_beside,
+    run_directories,
+    saved_domain,
+    sidecars,
+    wait_detached,
+)
+from vm.guests import wait_until
+
+from qemu_postcopy.images.guest_image import GuestImage
+
+pytestmark = pytest.mark.needs("guest", "uffd", "ptrace", "root")
+
+IN_PLACE = ("--in-place", "--no-background")
+
+
+def served_in_place(host: Host, path: Path) -> None:
+    """Restores the file; what stands beside it then is small, and the file has a second name."""
+    said = host.tool("restore", "--connect", "qemu:///system", *IN_PLACE, path)
+    assert "converting" not in said.stderr
+    assert path.stat().st_nlink == 2
+    (beside,) = left_beside(path.parent)
+    own = sum(entry.stat().st_size for entry in beside.rglob("*") if entry.name != "saved")
+    assert own < path.stat().st_size // 2
+
+
+def kill_sidecars(host: Host) -> None:
+    for pid in sidecars(host):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: sidecars(host) == [], "the sidecar is dead")
+
+
+def end(host: Host, domain: Domain) -> None:
+    host.virsh("destroy", domain.name)
+    wait_until(lambda: sidecars(host) == [], "the sidecar has ended")
+
+
+@pytest.mark.parametrize(
+    ("stack", "form"),
+    [
+        pytest.param("libvirt", "raw", marks=pytest.mark.needs("libvirt")),
+        pytest.param("libvirt11", "sparse", marks=pytest.mark.needs("libvirt11")),
+        pytest.param("libvirt11", "raw", marks=[pytest.mark.needs("libvirt11"), pytest.mark.soak]),
+    ],
+)
+def test_a_save_file_is_served_in_place_and_a_domain_may_be_saved_to_it_meanwhile(
+    hosts: Hosts, shared_guest: GuestImage, shared_dir: Path, stack: str, form: str
+) -> None:
+    host = hosts.get(stack)
+    domain = start_domain(host, shared_guest, shared_dir, fill_mib=16)
+    domain.wait_ready()
+    path = shared_dir / "guest.save"
+    host.virsh("save", "guest", path, *(("--image-format", form) if form != "raw" else ()))
+    content = path.read_bytes()
+    served_in_place(host, path)
+    assert domain.state() == "running"
+    (entry,) = json.loads(host.tool("status", "--json", "guest").stdout)
+    assert (entry["image"], entry["trouble"]) == (str(path), "")
+    (listed,) = json.loads(host.tool("list", "--json").stdout)
+    assert listed["image"] == str(path)
+    kill_sidecars(host)
+    host.tool("recover", "guest")
+    domain.console.wait_passes(1)
+    host.tool("fill", "guest")
+    wait_detached(host, "guest")
+    assert path.read_bytes() == content
+    assert (left_beside(shared_dir), path.stat().st_nlink) == ([], 1)
+    host.virsh("destroy", "guest")
+
+    served_in_place(host, path)
+    host.virsh("save", "guest", path)
+    wait_until(lambda: sidecars(host) == [], "the sidecar has ended")
+    assert (left_beside(shared_dir), path.stat().st_nlink) == ([], 1)
+    host.virsh("restore", path)
+    domain.console.wait_passes(1)
+
+
+@pytest.mark.soak
+def test_whoever_overwrites_or_removes_the_file_takes_nothing_from_the_guest(
+    host: Host, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain, path = saved_domain(host, shared_guest, shared_dir)
+    kept = shared_dir / "kept"
+    shutil.copy2(path, kept)
+
+    # Written to while it is served: that waits until the guest has all of its memory.
+    served_in_place(host, path)
+    writer = threading.Thread(target=path.write_bytes, args=(b"something else",))
+    writer.start()
+    wait_detached(host, "guest")
+    writer.join(30)
+    assert path.read_bytes() == b"something else"
+    domain.console.wait_passes(1)
+    assert "filling the rest at once" in sidecar_log(host)
+    end(host, domain)
+
+    # Removed, and the sidecar killed: another finds it.
+    path.unlink()
+    shutil.copy2(kept, path)
+    served_in_place(host, path)
+    path.unlink()
+    kill_sidecars(host)
+    host.tool("recover", "guest")
+    domain.console.wait_passes(1)
+    end(host, domain)
+    assert left_beside(shared_dir) == []
+
+    # Written to while no sidecar lives: the guest waits for the content that it was, and gets it.
+    shutil.copy2(kept, path)
+    served_in_place(host, path)
+    domain.console.wait_more_ticks(2)
+    kill_sidecars(host)
+    path.write_bytes(bytes(kept.stat().st_size))
+    assert "was written to" in host.tool("recover", "guest", status=4).stderr
+    assert domain.state() == "running"
+    path.write_bytes(kept.read_bytes())
+    shutil.copystat(kept, path)
+    host.tool("recover", "guest")
+    domain.console.wait_passes(1)
+    end(host, domain)
+    assert (left_beside(shared_dir), run_directories(host)) == ([], [])
+
+
+def sidecar_log(host: Host) -> str:
+    return (host.directory / "run/qemu-postcopy/guest/sidecar.log").read_text()
+
+
+@pytest.mark.soak
+def test_what_cannot_be_served_in_place_is_converted_and_what_is_damaged_refused(
+    host: Host, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain, path = saved_domain(host, shared_guest, shared_dir, fill_mib=8)
+    content = path.read_bytes()
+    with path.open("r+b"):
+        said = host.tool("restore", "--connect", "qemu:///system", *IN_PLACE, path)
+    assert "converting" in said.stderr and "open for writing" in said.stderr
+    domain.console.wait_passes(1)
+    end(host, domain)
+    # Without the option, where the file system cannot share data: converted, and told how not to.
+    said = host.tool("restore", "--connect", "qemu:///system", "--no-background", path)
+    assert "--in-place" in said.stderr
+    end(host, domain)
+    path.write_bytes(content[: len(content) // 2])
+    host.tool("restore", "--connect", "qemu:///system", *IN_PLACE, path, status=4)
+    assert host.qemus() == [] and sidecars(host) == []
+    assert (left_beside(shared_dir), run_directories(host)) == ([], [])
+    for option in ("--keep-image=x", "--bypass-cache"):
+        said = host.tool(
+            "restore", "--connect", "qemu:///system", *IN_PLACE, option, path, status=2
+        )
+        assert "--in-place" in said.stderr
