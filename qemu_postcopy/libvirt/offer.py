@@ -4,10 +4,10 @@ Step "attach" of a plain ``virsh restore``.  The hook has put the preload librar
 the domain's environment; the sidecar listens there.  QEMU connects before its `main`, hands its
 userfaultfd over, has what it would load its state from replaced by a pipe of ours, and each piece
 of its memory registered as it is mapped.  The socket may be reached by every user, because
-QEMU runs as one of its own.  Its name cannot be guessed, and is in the domain's XML and in QEMU's
-environment while that starts; so who connects must be a QEMU with the domain's UUID that has the
-very save file open, or, where that is compressed, the one pipe that it could load from.  One
-thread, until QEMU's memory is there; nothing here may call libvirt, which waits for QEMU meanwhile.
+QEMU runs as one of its own.  Its name is no secret (/proc/net/unix); so who connects must be a QEMU
+with the domain's UUID that has the very save file open, or, where that is compressed, the pipe
+into which a program of libvirt's unpacks it.  Anybody else is sent away.  One thread, until QEMU's
+memory is there; nothing here may call libvirt, which waits for QEMU meanwhile.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 SOCKETS = Path("/run/qemu-postcopy-hook")
 #: How long libvirt may take from its hook to QEMU.
 ACCEPT_SECONDS = 300.0
+#: How long the domain's own QEMU may take when another, or itself, was sent away.
+SENT_AWAY_SECONDS = 10.0
 #: How long who is no QEMU may take to say what it wants.
 STRANGER_SECONDS = 1.0
 #: Begin of every stream.
@@ -113,16 +115,11 @@ class Offer(PreloadServer):
             AttachError: QEMU is restored eagerly instead, or has ended: it was never to run on
                 memory that is not there.
         """
-        self._channel, self.identity = self._await_qemu()
+        self._channel, self.identity, self._stream_number = self._await_qemu()
         try:
             self._sizes = self._wanted(self.identity)
-            self._stream_number = self._find_stream(self.identity)
-        except (PostcopyError, OSError) as error:
-            with contextlib.suppress(OSError):  # it has ended
-                self._channel.send(MESSAGE.pack(PROTOCOL, LEAVE, 0, 0, 0, 0, 0))
-            self._channel.close()
-            if isinstance(error, OSError):
-                raise AttachError(f"QEMU cannot be looked at: {error}") from error
+        except PostcopyError:
+            _send_away(self._channel)
             raise
         return self.serve(self.identity)
 
@@ -204,11 +201,12 @@ class Offer(PreloadServer):
 
     # --- inside ----------------------------------------------------------------------------------
 
-    def _await_qemu(self) -> tuple[socket.socket, ProcessIdentity]:
+    def _await_qemu(self) -> tuple[socket.socket, ProcessIdentity, int]:
+        sent_away: AttachError | None = None
         while True:
-            ready = select.select([self._listener], [], [], ACCEPT_SECONDS)[0]
-            if not ready:
-                raise OperationCancelledError(f"no QEMU came within {ACCEPT_SECONDS:g} s")
+            limit = SENT_AWAY_SECONDS if sent_away else ACCEPT_SECONDS
+            if not select.select([self._listener], [], [], limit)[0]:
+                raise sent_away or OperationCancelledError(f"no QEMU came within {limit:g} s")
             channel, _ = self._listener.accept()
             channel.settimeout(LIMIT_SECONDS)
             credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
@@ -216,13 +214,25 @@ class Offer(PreloadServer):
             try:
                 identity = ProcessIdentity.open(pid)
                 if self._is_meant(identity):
-                    return channel, identity
+                    stream = self._find_stream(identity)
+                    if stream is not None:
+                        return channel, identity, stream
+                    # The domain's own, if it is started now, or a stranger.
+                    sent_away = AttachError(
+                        f"what QEMU (process {pid}) is to load its state from cannot be told from "
+                        "its other descriptors",
+                        hint="restore it by qemu-postcopy restore --connect",
+                    )
+                    log.warning("%s", sent_away.message)
+                    _send_away(channel)
+                    identity.close()
+                    continue
                 identity.close()
-            except PostcopyError as error:
-                log.info("a stranger at the offer has gone: %s", error.message)
+            except (PostcopyError, OSError) as error:
+                log.info("a stranger at the offer has gone: %s", error)
             with channel:
                 if uid in (0, os.geteuid()) and _says(channel) == b"withdraw":
-                    raise OperationCancelledError("libvirt has not started the domain")
+                    raise sent_away or OperationCancelledError("libvirt has not started the domain")
 
     def _is_meant(self, identity: ProcessIdentity) -> bool:
         try:
@@ -262,12 +272,10 @@ class Offer(PreloadServer):
             )
         return sizes
 
-    def _find_stream(self, identity: ProcessIdentity) -> int:
-        """The number of the descriptor that libvirt has QEMU load from: the save file itself, which
-        nobody else could have opened, or the pipe of the program that unpacks it.
-
-        Raises:
-            AttachError: there is no such, or it cannot be told.
+    def _find_stream(self, identity: ProcessIdentity) -> int | None:
+        """The number of the descriptor that libvirt has QEMU load from: the save file itself, or
+        the pipe of the program that unpacks it; nobody else could have them.  None: it has neither,
+        or has it twice.
         """
         files, pipes = [], []
         for entry in Path(f"/proc/{identity.pid}/fd").iterdir():
@@ -279,18 +287,26 @@ class Offer(PreloadServer):
                 if (found.st_dev, found.st_ino) == self.source:
                     files.append(number)
                 elif (
-                    self._packed and stat.S_ISFIFO(found.st_mode) and entry.lstat().st_mode & 0o400
+                    self._packed
+                    and stat.S_ISFIFO(found.st_mode)
+                    and entry.lstat().st_mode & 0o400
+                    and self._is_unpacked_into(found)
                 ):
                     pipes.append(number)
         identity.require_alive()
         candidates = files or pipes
-        if len(candidates) != 1:
-            raise AttachError(
-                "what QEMU is to load its state from cannot be told from its other descriptors",
-                hint="restore it by qemu-postcopy restore --connect",
-                vm=identity.pid,
-            )
-        return candidates[0]
+        return candidates[0] if len(candidates) == 1 else None
+
+    def _is_unpacked_into(self, pipe: os.stat_result) -> bool:
+        """A process of libvirt's user, which is ours, has the save file and this pipe open."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                if process.stat().st_uid != os.geteuid():
+                    continue
+                found = [_key_of(entry) for entry in (process / "fd").iterdir()]
+                if self.source in found and (pipe.st_dev, pipe.st_ino) in found:
+                    return True
+        return False
 
     def _drain(self, pid: int, number: int) -> None:
         """libvirt gives the restore up if the program that unpacks cannot write all of it."""
@@ -329,6 +345,20 @@ def _does_not_load(error: OSError) -> TargetGoneError:
         f"QEMU does not load its state: {error.strerror}",
         hint="libvirt's log of the domain says why",
     )
+
+
+def _key_of(entry: Path) -> tuple[int, int] | None:
+    try:
+        found = entry.stat()
+    except OSError:  # closed meanwhile
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _send_away(channel: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended
+        channel.send(MESSAGE.pack(PROTOCOL, LEAVE, 0, 0, 0, 0, 0))
+    channel.close()
 
 
 def _says(channel: socket.socket) -> bytes:

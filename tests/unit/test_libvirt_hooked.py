@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from qemu_postcopy.libvirt.offer import FIRST, Offer, withdraw
 from qemu_postcopy.paging import registration
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.vm.preload import LEAVE, MESSAGE
 from qemu_postcopy.vm.process import ProcessIdentity
 
 
@@ -261,8 +263,38 @@ def test_who_has_not_the_save_file_open_is_not_the_one_that_is_meant(
         assert offer._find_stream(ourselves) == file.fileno()
     read_end, write_end = os.pipe()
     try:
-        with pytest.raises(AttachError, match="cannot be told"):
-            offer._find_stream(ourselves)
+        assert offer._find_stream(ourselves) is None
+        offer._packed = True
+        assert offer._find_stream(ourselves) is None  # anybody can have a pipe
+        with (run_dir / "web.save").open("rb") as file:
+            unpacks = subprocess.Popen(["sleep", "60"], stdin=file, stdout=write_end)
+        try:
+            assert offer._find_stream(ourselves) == read_end
+        finally:
+            unpacks.kill()
+            unpacks.wait()
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+def test_a_stranger_that_pretends_to_be_the_domains_qemu_is_sent_away_and_the_offer_stands(
+    offer: Offer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Offer, "_is_meant", lambda *_: True)
+    (run_dir / "web.save").touch()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(str(offer.path))
+        with ThreadPoolExecutor(1) as executor:
+            waiting = executor.submit(offer._await_qemu)
+            assert MESSAGE.unpack(stranger.recv(MESSAGE.size))[1] == LEAVE
+            with (
+                (run_dir / "web.save").open() as file,
+                socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as qemu,
+            ):
+                offer.source = (os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino)
+                qemu.connect(str(offer.path))
+                channel, identity, stream = waiting.result(10)
+                assert (identity.pid, stream) == (os.getpid(), file.fileno())
+                channel.close()
+                identity.close()
