@@ -90,7 +90,7 @@ async def take_handshake(
                     regions, descriptor = await read_handshake(channel)
                 try:
                     check_within(regions, memory.pieces)
-                    require_registered(identity, ((r.address, r.size_bytes) for r in regions))
+                    require_registered(identity, regions)
                     require_kernel_faults(identity, descriptor, _samples(regions))
                 except PostcopyError:
                     os.close(descriptor)
@@ -140,7 +140,8 @@ def listen(path: Path, uid: int | None) -> socket.socket:
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(path))
         if uid is not None:
-            os.chown(path, uid, -1)
+            # The directory may be the VMM's own, who could put a link there meanwhile.
+            os.chown(path, uid, -1, follow_symlinks=False)
         listener.listen(4)
         listener.setblocking(False)
     except OSError as error:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_postcopy._native import check, lib, new_error
 from qemu_postcopy.errors import AttachTimeoutError, HandshakeError, PostcopyError, TargetGoneError
+from qemu_postcopy.vm.handshake import Region
 from qemu_postcopy.vm.process import ProcessIdentity
 
 log = logging.getLogger(__name__)
@@ -24,30 +26,44 @@ log = logging.getLogger(__name__)
 PAGES_TRIED = 16
 
 
-def require_registered(identity: ProcessIdentity, ranges: Iterable[tuple[int, int]]) -> None:
-    """Every byte is under a userfaultfd for missing pages.
+def require_registered(identity: ProcessIdentity, regions: Iterable[Region]) -> None:
+    """Every byte is under a userfaultfd for missing pages only, in pages of the size that was said.
 
-    Where this process may not look, a warning is logged.
-
-    Args:
-        ranges: address and length in bytes of each.
+    Faults of another kind would be answered as if a page were missing, for ever.  Where this
+    process may not look, a warning is logged.
 
     Raises:
         HandshakeError: some memory is not.
         TargetGoneError: the process has ended.
     """
     try:
-        registered = list(_registered(identity.pid))
+        mappings = list(_mappings(identity.pid))
     except OSError as error:
         identity.require_alive()
         log.warning("whether the VMM has registered its memory is not known: %s", error)
         return
-    for address, length in ranges:
-        at = address
-        for start, end in registered:
-            if start <= at < end:
-                at = end
-        if at < address + length:
+    for region in regions:
+        at = region.address
+        for mapping in mappings:
+            if not mapping.start <= at < mapping.end or "um" not in mapping.flags:
+                continue
+            if mapping.flags & {"ui", "uw"}:
+                raise HandshakeError(
+                    f"memory of process {identity.pid} at {at:#x} is registered for faults of "
+                    "other kinds as well",
+                    hint="the VMM must register it for MISSING only, then hand over",
+                    vm=identity.pid,
+                )
+            if mapping.page_size_bytes != region.page_size_bytes:
+                raise HandshakeError(
+                    f"memory of process {identity.pid} at {at:#x} has pages of "
+                    f"{mapping.page_size_bytes:,} bytes, and the VMM says "
+                    f"{region.page_size_bytes:,}",
+                    hint="the VMM must say the page size that its memory has (page_size, bytes)",
+                    vm=identity.pid,
+                )
+            at = mapping.end
+        if at < region.address + region.size_bytes:
             identity.require_alive()
             raise HandshakeError(
                 f"memory of process {identity.pid} at {at:#x} is not registered with a userfaultfd",
@@ -101,11 +117,25 @@ def require_kernel_faults(
     log.warning("whether the userfaultfd gets the kernel's faults is not known: %s", reason)
 
 
-def _registered(pid: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of each mapping whose missing pages are told (proc(5), VmFlags: um)."""
-    start = end = 0
+@dataclass(frozen=True)
+class _Mapping:
+    start: int
+    end: int
+    page_size_bytes: int
+    flags: frozenset[str]
+
+
+def _mappings(pid: int) -> Iterator[_Mapping]:
+    """Each mapping of a process (proc(5); its VmFlags um, uw, ui: missing, write-protected, minor).
+
+    Raises:
+        OSError: this process may not look.
+    """
+    start = end = page_size = 0
     for line in Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             start, end = int(found[1], 16), int(found[2], 16)
-        elif line.startswith("VmFlags:") and "um" in line.split():
-            yield start, end
+        elif line.startswith("KernelPageSize:"):
+            page_size = int(line.split()[1]) << 10
+        elif line.startswith("VmFlags:"):
+            yield _Mapping(start, end, page_size, frozenset(line.split()[1:]))

@@ -290,15 +290,17 @@ def test_a_vmm_that_asks_for_what_is_not_there_is_told_to_the_operator(start: St
     [
         ("user-mode-only", ["UFFD_USER_MODE_ONLY", "KVM", "/dev/userfaultfd", "sysctl"]),
         ("unregistered", ["registered", "UFFDIO_REGISTER"]),
+        ("write-protect", ["MISSING only"]),
+        ("claim", ["4,096 bytes", "2,097,152"]),
     ],
 )
-def test_a_userfaultfd_that_would_not_get_the_faults_of_kvm_is_refused_by_name(
+def test_a_userfaultfd_that_cannot_serve_the_guest_is_refused_by_name(
     how: str, words: list[str], start: Start, resume: Resume
 ) -> None:
     """Before anything is served; the VMM is left as it was."""
     server = start()
     vmm = resume(server, PAGE, how)
-    assert server.wait() == REFUSED
+    assert server.wait() == REFUSED, server.errors()
     said = server.errors()
     assert "Traceback" not in said
     for word in words:

@@ -3,8 +3,9 @@
  * regions, registered with its own userfaultfd, both handed over by one JSON message on a stream
  * socket that is closed afterwards. It then does what its standard input says, a line each, and
  * answers each with a line. With `close` it keeps no copy of the descriptor; Firecracker does.
+ * With `write-protect` it registers for that as well; with `claim` it says that its pages are huge.
  *
- *   vmm SOCKET SIZE_MIB PAGE_BYTES [user-mode-only | unregistered | close]
+ *   vmm SOCKET SIZE_MIB PAGE_BYTES [user-mode-only | unregistered | write-protect | claim | close]
  *
  *   verify               every word of memory, from four threads: how many are wrong
  *   remove FIRST COUNT   gives 4 KiB pages back, as a balloon does (MADV_DONTNEED)
@@ -141,12 +142,14 @@ int main(int argc, char **argv)
     struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE };
     uint64_t size, page_size, first, count;
     char line[128];
+    const char *how;
     int device, uffd, user_mode_only, unregistered;
 
     if (argc < 4)
         return 2;
-    user_mode_only = argc > 4 && !strcmp(argv[4], "user-mode-only");
-    unregistered = argc > 4 && !strcmp(argv[4], "unregistered");
+    how = argc > 4 ? argv[4] : "";
+    user_mode_only = !strcmp(how, "user-mode-only");
+    unregistered = !strcmp(how, "unregistered");
     size = strtoull(argv[2], NULL, 0) << 20;
     page_size = strtoull(argv[3], NULL, 0);
     device = user_mode_only ? -1 : open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
@@ -170,13 +173,15 @@ int main(int argc, char **argv)
                                 -1, 0);
         if (regions[i].start == MAP_FAILED)
             die("mmap");
+        if (!strcmp(how, "write-protect"))
+            reg.mode |= UFFDIO_REGISTER_MODE_WP;
         reg.range.start = (uintptr_t)regions[i].start;
         reg.range.len = regions[i].size;
         if (!unregistered && ioctl(uffd, UFFDIO_REGISTER, &reg) < 0)
             die("UFFDIO_REGISTER");
     }
-    hand_over(argv[1], uffd, page_size);
-    if (argc > 4 && !strcmp(argv[4], "close"))
+    hand_over(argv[1], uffd, strcmp(how, "claim") ? page_size : 2u << 20);
+    if (!strcmp(how, "close"))
         close(uffd);
     puts("handed over");
     fflush(stdout);
