@@ -238,11 +238,12 @@ class PreloadServer:
                         "snapshot",
                         vm=identity.pid,
                     )
-            except PostcopyError as error:
-                _refuse(channel, error.message)
+            except (PostcopyError, OSError) as error:
+                failure = error if isinstance(error, PostcopyError) else _failure(error, identity)
+                _refuse(channel, failure.message)
                 if self._userfaultfd >= 0:
                     os.close(self._userfaultfd)
-                raise
+                raise failure from None if failure is error else error
         return TakenDescriptor(
             descriptor=self._userfaultfd,
             remote_descriptor=self._remote_number,
@@ -316,9 +317,6 @@ class PreloadServer:
             device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         try:
             socket.send_fds(channel, [welcome], [device] if device >= 0 else [])
-        except OSError as error:
-            identity.require_alive()
-            raise AttachError(f"QEMU's preload library is gone: {error.strerror}") from error
         finally:
             if device >= 0:
                 os.close(device)
@@ -350,26 +348,35 @@ class PreloadServer:
         _go_on(channel)
 
 
+def _gone(identity: ProcessIdentity) -> TargetGoneError:
+    return TargetGoneError(
+        "QEMU has ended, or its preload library has given up",
+        hint="its log says why",
+        vm=identity.pid,
+    )
+
+
+def _failure(error: OSError, identity: ProcessIdentity) -> PostcopyError:
+    if isinstance(error, ConnectionError):
+        # A process that ends closes its sockets before it is seen to have ended.
+        return _gone(identity)
+    return AttachError(
+        f"what QEMU's preload library offers cannot be taken: {error}", vm=identity.pid
+    )
+
+
 def _receive(
     channel: socket.socket, identity: ProcessIdentity
 ) -> tuple[int, tuple[int, int, int, int, int], int]:
     """One message: its kind, its fields, and the descriptor that came along or -1."""
-    try:
-        data, descriptors, flags, _ = socket.recv_fds(channel, MESSAGE.size + 1, 1)
-    except OSError as error:
-        identity.require_alive()
-        raise AttachError(f"QEMU's preload library is gone: {error}") from error
+    data, descriptors, flags, _ = socket.recv_fds(channel, MESSAGE.size + 1, 1)
     descriptor = descriptors[0] if descriptors else -1
     for number in descriptors:
         os.set_inheritable(number, False)
     if not data:
         for number in descriptors:
             os.close(number)
-        raise TargetGoneError(
-            "QEMU has ended, or its preload library has given up",
-            hint="its log says why",
-            vm=identity.pid,
-        )
+        raise _gone(identity)
     wrong = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) != MESSAGE.size
     if wrong or data[:4] != PROTOCOL:
         for number in descriptors:
