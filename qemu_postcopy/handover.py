@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from qemu_postcopy.errors import AttachError, PostcopyError
+from qemu_postcopy.errors import AttachError, HostError, PostcopyError
 from qemu_postcopy.image.memory_file import MemoryFile, region_name
 from qemu_postcopy.session import Session, SessionOptions, State, StateChange
 from qemu_postcopy.sidecar import keeper
@@ -68,7 +68,7 @@ class HandoverSession(Session):
         ]
 
     def take(self, handshake: Handshake) -> None:
-        """Makes what was handed over the session's own, and has a keeper hold a copy.
+        """Makes what was handed over the session's own, and has a keeper hold a copy, if it can.
 
         Only while this process has one thread.
         """
@@ -76,7 +76,11 @@ class HandoverSession(Session):
         number = find_copy(handshake.identity, handshake.userfaultfd)
         taken = TakenDescriptor(handshake.userfaultfd, number, tid=0, wait_ns=0, stop_ns=0)
         self._own(handshake.identity, taken)
-        keeper.start(self.run.keeper_socket, self._userfaultfd, handshake.identity.pidfd)
+        try:
+            keeper.start(self.run.keeper_socket, self._userfaultfd, handshake.identity.pidfd)
+        except (HostError, OSError) as error:
+            # A VMM that is given up now, and keeps no copy, would run on with zeros at once.
+            log.error("if this server dies a VMM without a copy is lost: %s", error)
         self._enter(State.FOUND)
 
     def take_again(self, record: SessionRecord) -> None:

@@ -36,9 +36,9 @@ def start(path: Path, userfaultfd: int, pidfd: int) -> int:
     Raises:
         HostError: the socket or the process cannot be made.
     """
-    path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
+        path.unlink(missing_ok=True)
         # fchmod on an unbound socket sets the mode that bind() gives the file.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(path))

@@ -24,6 +24,7 @@ from qemu_postcopy.errors import HandshakeError, ImageError
 from qemu_postcopy.image.manifest import Block, Manifest, Provenance, StateFile
 from qemu_postcopy.image.memory_file import MemoryFile
 from qemu_postcopy.region import Region
+from qemu_postcopy.sidecar.rundir import RunDirectory
 from qemu_postcopy.userfaultfd import Mode, Userfaultfd
 from qemu_postcopy.vm import handshake_socket
 from qemu_postcopy.vm.kernel_faults import require_kernel_faults
@@ -253,6 +254,18 @@ def test_a_vmm_that_dies_in_the_handshake_makes_room_for_another(
             client.connect(str(server.path))
             client.sendall(piece)
     assert resume(server).do("verify") == 0
+
+
+def test_a_vmm_is_served_though_no_keeper_can_be_had(start: Start, resume: Resume) -> None:
+    """Given up it would run on with zeros, if it keeps no copy of its userfaultfd."""
+    server = start("--no-background")
+    (run,) = (RunDirectory(path) for path in server.run_base.iterdir())
+    run.keeper_socket.mkdir()
+    vmm = resume(server, PAGE, "close")
+    assert vmm.do("verify") == 0
+    vmm.process.kill()
+    assert server.wait_for("gone").wait() == 0
+    assert "is lost" in server.errors()
 
 
 @pytest.mark.needs("root")
