@@ -42,6 +42,8 @@ def require_registered(identity: ProcessIdentity, regions: Iterable[Region]) -> 
         identity.require_alive()
         log.warning("whether the VMM has registered its memory is not known: %s", error)
         return
+    regions = sorted(regions, key=lambda region: region.address)
+    _tell_of_others(identity, regions, mappings)
     for region in regions:
         at = region.address
         for mapping in mappings:
@@ -69,6 +71,24 @@ def require_registered(identity: ProcessIdentity, regions: Iterable[Region]) -> 
                 f"memory of process {identity.pid} at {at:#x} is not registered with a userfaultfd",
                 hint="the VMM must register all of it (UFFDIO_REGISTER, MISSING), then hand over",
                 vm=identity.pid,
+            )
+
+
+def _tell_of_others(
+    identity: ProcessIdentity, regions: Iterable[Region], mappings: Iterable[_Mapping]
+) -> None:
+    """The VMM may have another userfaultfd for them; if not, it waits there for ever."""
+    for mapping in mappings:
+        at = mapping.start if "um" in mapping.flags else mapping.end
+        for region in regions:
+            if region.address <= at:
+                at = max(at, region.address + region.size_bytes)
+        if at < mapping.end:
+            log.warning(
+                "memory of process %d at %#x is registered with a userfaultfd and was not handed "
+                "over: it is not served",
+                identity.pid,
+                at,
             )
 
 

@@ -26,8 +26,8 @@ from qemu_postcopy.image.memory_file import MemoryFile
 from qemu_postcopy.region import Region
 from qemu_postcopy.sidecar.rundir import RunDirectory
 from qemu_postcopy.userfaultfd import Mode, Userfaultfd
-from qemu_postcopy.vm import handshake_socket
-from qemu_postcopy.vm.kernel_faults import require_kernel_faults
+from qemu_postcopy.vm import handshake, handshake_socket
+from qemu_postcopy.vm.kernel_faults import require_kernel_faults, require_registered
 from qemu_postcopy.vm.process import ProcessIdentity
 
 pytestmark = [pytest.mark.needs("uffd", "cc"), pytest.mark.timeout(120)]
@@ -320,6 +320,26 @@ def test_a_userfaultfd_that_cannot_serve_the_guest_is_refused_by_name(
         assert word in said
     assert "attached" not in server.events
     assert vmm.process.poll() is None
+
+
+@pytest.mark.needs("ptrace")
+def test_memory_that_is_registered_and_not_handed_over_is_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        ProcessIdentity.open(os.getpid()) as ourselves,
+        Region.anonymous(4 * PAGE) as memory,
+        Userfaultfd.open(blocking=False) as uffd,
+    ):
+        uffd.register(memory.address, 4 * PAGE, Mode.MISSING)
+        two = [
+            handshake.Region(memory.address + 2 * PAGE, 2 * PAGE, 0, PAGE),
+            handshake.Region(memory.address, 2 * PAGE, 0, PAGE),
+        ]
+        require_registered(ourselves, two)
+        assert not caplog.records
+        require_registered(ourselves, two[1:])
+        assert f"{memory.address + 2 * PAGE:#x} is registered" in caplog.text
 
 
 @pytest.mark.needs("ptrace")
