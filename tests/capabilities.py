@@ -78,6 +78,13 @@ def libvirt11() -> str:
     return libvirt() if there else f"QPC_LIBVIRT11={path} holds no libvirtd"
 
 
+def sshd() -> str:
+    """What leads from one of the tests' hosts to another as operators do it."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
+    lacking = [name for name in ("sshd", "ssh", "ssh-keygen") if not shutil.which(name, path=path)]
+    return f"no {', '.join(lacking)}: apt-get install openssh-server" if lacking else ""
+
+
 def hugetlb() -> str:
     return "" if os.access(HUGE_PAGES, os.W_OK) else f"{HUGE_PAGES} cannot be written"
 
@@ -135,6 +142,7 @@ PROBES: dict[str, Callable[[], str]] = {
         qemu10,
         libvirt,
         libvirt11,
+        sshd,
         hugetlb,
         guest,
         cc,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qemu_postcopy.doctor.report import Finding, Status
 from qemu_postcopy.doctor.software import RHEL_QEMU, TARGETS, answer
-from qemu_postcopy.migrate.native import CRASHES_ON_RESUME
+from qemu_postcopy.migrate.native_terms import CRASHES_ON_RESUME
 
 AREA = "libvirt with its QEMU"
 #: The pairs that the tests run on.

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from qemu_postcopy.errors import HostError, LibvirtError
 
@@ -83,6 +83,19 @@ def error_of(error: Any, what: str) -> LibvirtError:
     return LibvirtError(f"libvirt: {what}: {error.get_error_message()}", code=code, hint=hint)
 
 
+def ssh_trial(uri: str) -> str:
+    """The command that must work without a question before a URI by ssh does; empty for others."""
+    parts = urlsplit(uri)
+    transport = parts.scheme.partition("+")[2]
+    if transport not in ("ssh", "libssh", "libssh2") or not parts.hostname:
+        return ""
+    port = f"-p {parts.port} " if parts.port else ""
+    user = f"{parts.username}@" if parts.username else ""
+    key = dict(parse_qsl(parts.query)).get("keyfile")
+    identity = f"-i {key} " if key else ""
+    return f"ssh -o BatchMode=yes {identity}{port}{user}{parts.hostname} true"
+
+
 def require_local(uri: str, command: str = "") -> None:
     """Refuses a URI whose guests run elsewhere: their memory is served on the host they run on.
 
@@ -142,7 +155,13 @@ class Connection:
             with suppress(libvirt.libvirtError):  # not every transport has it
                 handle.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
         except libvirt.libvirtError as error:
-            raise error_of(error, f"cannot connect to {uri}") from error
+            failure = error_of(error, f"cannot connect to {uri}")
+            if trial := ssh_trial(uri):
+                failure.hint = (
+                    f"this must work as the user who runs the command: {trial}; and libvirtd must "
+                    "run there"
+                )
+            raise failure from error
         return cls(handle, uri)
 
     async def call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from qemu_postcopy.errors import LibvirtError, MismatchError, PostcopyError
 from qemu_postcopy.libvirt import domain_xml
 from qemu_postcopy.libvirt.connection import Connection, load
-from qemu_postcopy.migrate.native import CRASHES_ON_RESUME, NativeOptions
+from qemu_postcopy.migrate.native_terms import CRASHES_ON_RESUME, NativeOptions
 from qemu_postcopy.vm.refusals import SHARED
 
 Verdict = Literal["ok", "hint", "refused"]
@@ -27,6 +27,9 @@ SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
 DEVICE = Path("/dev/userfaultfd")
 #: The first QEMU that opens /dev/userfaultfd (util/userfaultfd.c).
 QEMU_WITH_DEVICE = 8_000_000
+#: The first QEMU whose multifd goes together with post-copy; from 8.0 on the others refuse it, 7.2
+#: takes it (tried) and would write pages into the memory of a guest that runs.
+QEMU_WITH_MULTIFD = (10, 1, 0)
 #: libvirt asks for preemption by itself where both QEMUs have it; 9.0 does not, 11.3 does.
 LIBVIRT_WITHOUT_PREEMPT = 9_000_999
 #: File systems that two hosts can see at once, as /proc/mounts names them (virfile.c).
@@ -447,6 +450,7 @@ async def _multifd(subject: _Subject) -> Check:
     from qemu_postcopy.libvirt.monitor import LibvirtMonitor
 
     names = ("postcopy-ram", "multifd")
+    advice = "leave --multifd out, or post-copy (--precopy-only)"
     try:
         monitor = await LibvirtMonitor.of(subject.source, subject.domain)
         before = await monitor.execute("query-migrate-capabilities")
@@ -461,6 +465,14 @@ async def _multifd(subject: _Subject) -> Check:
             "multifd",
             "refused",
             f"not with post-copy: {error.message}",
-            "leave --multifd out, or post-copy (--precopy-only)",
+            advice,
+        )
+    if monitor.version < QEMU_WITH_MULTIFD:
+        return Check(
+            "multifd",
+            "refused",
+            f"not with post-copy: QEMU {'.'.join(map(str, monitor.version))} does not refuse it, "
+            "and cannot do it",
+            advice,
         )
     return Check("multifd", "ok", "the source's QEMU has it with post-copy")

@@ -16,7 +16,8 @@ from qemu_postcopy.errors import PostcopyError, UsageError
 from qemu_postcopy.libvirt.connection import Connection
 from qemu_postcopy.migrate import checks as checking
 from qemu_postcopy.migrate.drive import Drive, DriveOptions
-from qemu_postcopy.migrate.native import NativeEngine, NativeOptions
+from qemu_postcopy.migrate.native import NativeEngine
+from qemu_postcopy.migrate.native_terms import NativeOptions
 from qemu_postcopy.migrate.policy import Policy
 from qemu_postcopy.migrate.progress import shown
 from qemu_postcopy.migrate.report import Report
@@ -84,11 +85,23 @@ from qemu_postcopy.migrate.report import Report
     metavar="N",
     help="Send by N connections, where QEMU can do that with post-copy.",
 )
+@click.option(
+    "--direct",
+    is_flag=True,
+    help="Carry libvirt's messages between the hosts, as virsh does without --p2p: where the "
+    "source's libvirtd cannot reach the destination's. If this command dies in pre-copy, the "
+    "migration ends; the guest runs on.",
+)
 @click.option("--migrateuri", help="Where QEMU connects to, as virsh migrate --migrateuri.")
 @click.option("--listen-address", help="Where the destination's QEMU listens.")
 @click.option("--dname", metavar="NAME", help="Its name at the destination.")
 @click.option("--xml", type=click.File(), help="Domain XML for the destination.")
 @click.option("--persistent", is_flag=True, help="Define it at the destination.")
+@click.option(
+    "--persistent-xml",
+    type=click.File(),
+    help="With --persistent: domain XML that is defined there.",
+)
 @click.option("--undefinesource", is_flag=True, help="Undefine it at the source.")
 @click.option("--unsafe", is_flag=True, help="Migrate although disks may not be shared safely.")
 @click.option("--resume", is_flag=True, help="Take up a post-copy that was interrupted.")
@@ -151,6 +164,8 @@ def migrate_command(domain: str, destination: str, connect: str, **choices: Any)
         raise UsageError(
             "DESTURI is missing", hint="qemu-postcopy migrate web qemu+ssh://beta/system"
         )
+    if choices["persistent_xml"] and not choices["persistent"]:
+        raise UsageError("--persistent-xml is what --persistent defines", hint="add --persistent")
     if choices["watch_only"] and choices["supervise"]:
         raise UsageError("--watch-only does nothing, --supervise does", hint="say --watch")
     options = native_options(choices)
@@ -179,7 +194,9 @@ def native_options(choices: dict[str, Any]) -> NativeOptions:
         listen_address=choices["listen_address"],
         new_name=choices["dname"],
         xml=choices["xml"].read() if choices["xml"] else None,
+        persistent_xml=choices["persistent_xml"].read() if choices["persistent_xml"] else None,
         postcopy=not choices["precopy_only"],
+        direct=choices["direct"],
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from qemu_postcopy.errors import (
     GuestEndedError,
+    LibvirtError,
     MigrationInterruptedError,
     MismatchError,
     OperationCancelledError,
@@ -49,17 +50,20 @@ class Stage(enum.StrEnum):
     RECOVERING = "recovering"
     COMPLETED = "completed"
     CANCELLING = "cancelling"
+    STARTING_OVER = "starting over"
     ENDED = "ended"
 
 
 #: What may follow on what; a migration that is attached to enters where it is.
 _ALL = frozenset(Stage)
 NEXT: dict[Stage, frozenset[Stage]] = {
-    Stage.NEW: _ALL - {Stage.NEW, Stage.CANCELLING},
+    Stage.NEW: _ALL - {Stage.NEW, Stage.CANCELLING, Stage.STARTING_OVER},
     Stage.SETUP: _ALL - {Stage.NEW, Stage.RECOVERING},
     Stage.PRECOPY: _ALL - {Stage.NEW, Stage.SETUP, Stage.RECOVERING},
     Stage.SWITCHING: _ALL - {Stage.NEW, Stage.SETUP, Stage.RECOVERING},
-    Stage.CANCELLING: _ALL - {Stage.NEW, Stage.SETUP, Stage.PRECOPY},
+    Stage.CANCELLING: _ALL - {Stage.NEW, Stage.SETUP, Stage.PRECOPY, Stage.STARTING_OVER},
+    # The guest runs at the source, no migration is under way: a new one begins.
+    Stage.STARTING_OVER: frozenset({Stage.SETUP, Stage.ENDED}),
     # From here on the guest is at the destination: back to pre-copy there is no way.
     Stage.POSTCOPY: frozenset({Stage.INTERRUPTED, Stage.COMPLETED, Stage.ENDED}),
     Stage.INTERRUPTED: frozenset({Stage.RECOVERING, Stage.POSTCOPY, Stage.COMPLETED, Stage.ENDED}),
@@ -76,7 +80,8 @@ class DriveOptions:
     Attributes:
         policy: when to switch.
         begin: "start" a migration, "resume" an interrupted one, or "watch" what is under way.
-        supervise: recover by itself, for as long as it takes.
+        supervise: recover by itself, for as long as it takes; start over where a daemon that
+            went away has ended pre-copy.
         stall: seconds without a page after which a post-copy counts as interrupted.
         unreachable: seconds for which the source's daemon may be away; no limit with supervise.
     """
@@ -178,6 +183,8 @@ class Drive:
             self._tell()
         final = await self.engine.completed_statistics()
         self.report.complete(final, self._seen, time.monotonic() - begun)
+        if self.report.used_postcopy:
+            self.report.note_blocktime(await self.engine.blocktime())
         self._tell()
         return self.report
 
@@ -194,7 +201,10 @@ class Drive:
             self._enter(Stage.COMPLETED)
             return True
         if phase is Phase.ENDED:
-            self._end()
+            if not self._may_start_over():
+                self._end()
+            await self._start_over()
+            return False
         if self.options.begin == "resume" and self.stage is Stage.NEW:
             self._begin_resume()
         if phase is Phase.INTERRUPTED and self._goes_on():
@@ -213,7 +223,12 @@ class Drive:
         if self._away_since is None:
             self._away_since = now
             reason = self._seen.error.message if self._seen.error else ""
-            self._tell(f"libvirt does not answer; QEMU goes on without it ({reason})")
+            before = self.stage in (Stage.SETUP, Stage.PRECOPY, Stage.STARTING_OVER)
+            self._tell(
+                "libvirt does not answer; "
+                + ("the guest runs on at the source" if before else "QEMU goes on without it")
+                + f" ({reason})"
+            )
         elif not self.options.supervise and now - self._away_since > self.options.unreachable:
             raise MigrationInterruptedError(
                 f"{self._domain}: libvirt has not answered for {self.options.unreachable:.0f} s",
@@ -226,6 +241,40 @@ class Drive:
                 hint="QEMU goes on with it; look again: qemu-postcopy migrate --watch",
             )
 
+    def _may_start_over(self) -> bool:
+        """Whether it was a lost daemon that ended a pre-copy of ours, and all is to be repeated."""
+        if self._cancel or not self.options.supervise or self.options.begin != "start":
+            return False
+        if isinstance(self._seen.error, GuestEndedError):
+            return False
+        return self.stage is Stage.STARTING_OVER or bool(
+            self._seen.daemon_lost and self.stage in (Stage.SETUP, Stage.PRECOPY, Stage.SWITCHING)
+        )
+
+    async def _start_over(self) -> None:
+        now = time.monotonic()
+        if self.stage is not Stage.STARTING_OVER:
+            self._enter(Stage.STARTING_OVER)
+            self.report.started_over += 1
+            self._tell(
+                f"pre-copy ended because the {self._seen.daemon_lost}'s libvirtd went away; the "
+                "guest runs at the source. Starting over"
+            )
+            self._attempts = 0
+            self._next_attempt = now
+        if now < self._next_attempt:
+            return
+        self._next_attempt = now + RETRIES[min(self._attempts, len(RETRIES) - 1)]
+        self._attempts += 1
+        if not await self.engine.can_start():
+            return
+        self._left.clear()
+        self._may_switch, self._switched = True, False
+        self.report.switch_reason = ""
+        self._attempts, self._next_attempt = 0, 0.0
+        await self.engine.start()
+        self._enter(Stage.SETUP)
+
     def _end(self) -> None:
         """No migration is under way, and the guest is not at the destination."""
         before = self.stage
@@ -235,6 +284,14 @@ class Drive:
             raise OperationCancelledError(
                 f"the migration of {self._domain} was aborted",
                 hint="the guest runs on at the source, nothing is left at the destination",
+            )
+        lost = self._seen.daemon_lost
+        if lost and before is not Stage.NEW and not ended:
+            reason = f" ({self._seen.error.message})" if self._seen.error else ""
+            raise LibvirtError(
+                f"pre-copy of {self._domain} ended because the {lost}'s libvirtd went away{reason}",
+                hint="nothing is lost: the guest runs on at the source. Start again when libvirtd "
+                "runs on both hosts; --supervise does so by itself",
             )
         if self._seen.error is not None:
             raise explained(self._seen.error)

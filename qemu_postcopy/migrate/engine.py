@@ -63,6 +63,8 @@ class Observation:
         busy: a step that was asked for has not returned.
         stopped: seconds between the guest's stop at the source and its going on at the
             destination, as the hosts' daemons have told it; None: not seen.
+        daemon_lost: the host, "source" or "destination", whose daemon went away since the
+            begin; empty: neither, as far as is known.
     """
 
     phase: Phase
@@ -71,6 +73,26 @@ class Observation:
     error: PostcopyError | None = None
     busy: bool = False
     stopped: float | None = None
+    daemon_lost: str = ""
+
+
+@dataclass(frozen=True)
+class Blocktime:
+    """For how long virtual CPUs waited for pages in post-copy, where that was counted.
+
+    Attributes:
+        all_ms: milliseconds for which all of them waited at once.
+        cpu_ms: the same for each, by its number.
+        latency_ns: mean latency of a page that was asked for; None: not counted (QEMU 10.1 does).
+        cpu_latency_ns: the same for each virtual CPU.
+        latency_distribution: number of pages by latency: entry N of those from 2^N to 2^(N+1) us.
+    """
+
+    all_ms: int
+    cpu_ms: tuple[int, ...]
+    latency_ns: int | None = None
+    cpu_latency_ns: tuple[int, ...] = ()
+    latency_distribution: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -80,6 +102,9 @@ class Engine(Protocol):
 
     async def start(self) -> None:
         """Begins; returns at once, what becomes of it is observed."""
+
+    async def can_start(self) -> bool:
+        """Whether both daemons answer, and the guest is active at the source and nowhere else."""
 
     async def observe(self, timeout: float) -> Observation:
         """The next look: at the next event, or after ``timeout`` seconds.  Never raises for what is
@@ -106,6 +131,9 @@ class Engine(Protocol):
 
     async def completed_statistics(self) -> Statistics:
         """After COMPLETED: the figures of the whole."""
+
+    async def blocktime(self) -> Blocktime | None:
+        """After COMPLETED: what the virtual CPUs waited; None where nobody has counted it."""
 
     async def close(self) -> None:
         """Ends connections; never fails, and leaves a migration as it is."""

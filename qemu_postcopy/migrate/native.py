@@ -1,4 +1,5 @@
-"""QEMU's own migration, by libvirt: peer to peer, so that it goes on when this process dies.
+"""QEMU's own migration, by libvirt: peer to peer, so that it goes on when this process dies, unless
+the operator wants it otherwise.
 
 One call of virDomainMigrateToURI3 lasts as long as the migration does; it runs in a thread, and
 libvirt's events tell of passes and of the switch.  What is the case is asked of libvirt each time
@@ -11,14 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from qemu_postcopy.errors import GuestEndedError, LibvirtError, MismatchError, PostcopyError
-from qemu_postcopy.libvirt.connection import Connection, load
-from qemu_postcopy.migrate.engine import NotYetError, Observation, Phase, Statistics
+from qemu_postcopy.libvirt import domain_xml
+from qemu_postcopy.libvirt.connection import Connection, load, ssh_trial
+from qemu_postcopy.libvirt.monitor import LibvirtMonitor
+from qemu_postcopy.migrate.engine import Blocktime, NotYetError, Observation, Phase, Statistics
+from qemu_postcopy.migrate.native_terms import (
+    CRASHES_ON_RESUME,
+    NativeOptions,
+    blocktime_of,
+    mebibytes,
+    statistics_of,
+)
 
 EVENTS = ("LIFECYCLE", "MIGRATION_ITERATION", "JOB_COMPLETED")
 #: virDomainJobOperation: MIGRATION_OUT
@@ -26,92 +34,12 @@ OUTGOING = 5
 #: What the figures of a migration under way say of it (virDomainJobType: UNBOUNDED).
 UNDER_WAY = {"operation": OUTGOING, "type": 2}
 AFTER_SWITCH = (Phase.POSTCOPY, Phase.INTERRUPTED)
+#: How long the destination's QEMU may take to say what it has counted, in seconds.
+FIGURES_TIMEOUT = 10.0
 #: How long figures are waited for, in seconds.
 FIGURES_SECONDS = 0.3
 #: How long a daemon that went away is given before the next try, in seconds.
 RECONNECT_SECONDS = 0.5
-#: libvirt 11.2 to 11.3 read a null pointer in virDomainMigratePrepare3 with POSTCOPY_RESUME
-#: (qemuProcessIncomingDefNew, `fd`): each resume ends the destination's daemon. Seen with 11.3.
-CRASHES_ON_RESUME = (11_002_000, 11_003_999)
-
-
-@dataclass(frozen=True)
-class NativeOptions:
-    """How libvirt is to move a domain; names as virsh migrate's options.
-
-    Attributes:
-        bandwidth, postcopy_bandwidth: bytes per second, rounded up to MiB; 0: no limit.
-        parallel: connections of a multifd migration; 0: none.
-
-    A resume takes the same ones: they also say what becomes of the domain afterwards.
-    """
-
-    bandwidth: int = 0
-    postcopy_bandwidth: int = 0
-    parallel: int = 0
-    persistent: bool = False
-    undefine_source: bool = False
-    unsafe: bool = False
-    migrate_uri: str | None = None
-    listen_address: str | None = None
-    new_name: str | None = None
-    xml: str | None = None
-    postcopy: bool = True
-
-    def flags(self) -> int:
-        """libvirt's virDomainMigrateFlags."""
-        libvirt = load()
-        flags: int = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
-        chosen = {
-            libvirt.VIR_MIGRATE_POSTCOPY: self.postcopy,
-            libvirt.VIR_MIGRATE_PERSIST_DEST: self.persistent,
-            libvirt.VIR_MIGRATE_UNDEFINE_SOURCE: self.undefine_source,
-            libvirt.VIR_MIGRATE_UNSAFE: self.unsafe,
-            libvirt.VIR_MIGRATE_PARALLEL: self.parallel > 0,
-        }
-        for flag, wanted in chosen.items():
-            flags |= flag if wanted else 0
-        return flags
-
-    def parameters(self) -> dict[str, Any]:
-        """libvirt's typed parameters."""
-        libvirt = load()
-        possible = {
-            libvirt.VIR_MIGRATE_PARAM_URI: self.migrate_uri,
-            libvirt.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: self.listen_address,
-            libvirt.VIR_MIGRATE_PARAM_DEST_NAME: self.new_name,
-            libvirt.VIR_MIGRATE_PARAM_DEST_XML: self.xml,
-            libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: mebibytes(self.bandwidth),
-            libvirt.VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY: mebibytes(self.postcopy_bandwidth),
-            libvirt.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: self.parallel,
-        }
-        return {name: value for name, value in possible.items() if value}
-
-
-def mebibytes(size: int) -> int:
-    """libvirt's unit of bandwidth, rounded up."""
-    return -(-size // (1 << 20))
-
-
-def statistics_of(raw: Mapping[str, Any]) -> Statistics:
-    """libvirt's virDomainGetJobStats as ours; times there are in ms, rates in pages or bytes."""
-
-    def number(name: str) -> int:
-        return int(raw.get(name, 0))
-
-    return Statistics(
-        elapsed=number("time_elapsed") / 1000,
-        total=number("memory_total"),
-        remaining=number("memory_remaining"),
-        transferred=number("memory_processed"),
-        rate=number("memory_bps"),
-        dirty_rate=number("memory_dirty_rate") * (number("memory_page_size") or 4096),
-        passes=number("memory_iteration"),
-        downtime=number("downtime") / 1000,
-        setup=number("setup_time") / 1000,
-        requests=number("memory_postcopy_requests"),
-        raw=dict(raw),
-    )
 
 
 class NativeEngine:
@@ -150,12 +78,34 @@ class NativeEngine:
         self._figures_before = Statistics(raw=dict(UNDER_WAY))
         self._stopped_at: float | None = None
         self._resumed_at: float | None = None
+        self._daemon_lost = ""
 
     # ---- the steps ----
 
     async def start(self) -> None:
+        # Of an earlier try nothing is left but what is asked of libvirt anew.
+        self._passes, self._final, self._last_phase = 0, None, Phase.SETUP
+        self._stopped_at = self._resumed_at = None
+        self._daemon_lost = ""
         await self._listen_to_source()
         self._begin(0)
+
+    async def can_start(self) -> bool:
+        libvirt = load()
+        try:
+            connection, domain = await self._reach_domain()
+            if not await connection.call("no state", domain.isActive):
+                return False
+        except LibvirtError:
+            return False
+        destination = await self._reach_destination()
+        if destination is None:
+            return False
+        try:
+            there = await destination.domain(self._uuid)
+            return not await destination.call("no state", there.isActive)
+        except LibvirtError as error:
+            return bool(error.code == libvirt.VIR_ERR_NO_DOMAIN)
 
     async def resume(self) -> None:
         await self._refuse_a_crash()
@@ -168,13 +118,20 @@ class NativeEngine:
 
         async def move() -> None:
             connection, domain = await self._reach_domain()
-            await connection.call(
-                "the migration failed" if not extra_flags else "it cannot be resumed",
-                domain.migrateToURI3,
-                self._destination_uri,
-                self._options.parameters(),
-                self._options.flags() | extra_flags,
-            )
+            what = "it cannot be resumed" if extra_flags else "the migration failed"
+            parameters, flags = self._options.parameters(), self._options.flags() | extra_flags
+            if self._options.direct:
+                target = await self._reach_destination()
+                if target is None:
+                    raise self._destination_away()
+                await connection.call(what, domain.migrate3, target.handle, parameters, flags)
+                return
+            try:
+                await connection.call(
+                    what, domain.migrateToURI3, self._destination_uri, parameters, flags
+                )
+            except LibvirtError as error:
+                raise await self._of_peers(error, connection) from error
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled():
@@ -185,6 +142,38 @@ class NativeEngine:
 
         self._call = asyncio.ensure_future(move())
         self._call.add_done_callback(ended)
+
+    async def _of_peers(self, error: LibvirtError, source: Connection) -> LibvirtError:
+        """With what to do where the source's daemon, and not this process, cannot connect.
+
+        libvirt tells it as an error of a connection (VIR_FROM_RPC), or with its own words and the
+        URI in them (qemuMigrationSrcPerformPeer2Peer).
+        """
+        libvirt, cause = load(), error.__cause__
+        told = f"remote libvirt URI {self._destination_uri}" in error.message or (
+            isinstance(cause, libvirt.libvirtError)
+            and cause.get_error_domain() == libvirt.VIR_FROM_RPC
+            and not self._passes
+            and await asyncio.to_thread(_alive, source.handle)
+        )
+        if not told:
+            return error
+        trial = ssh_trial(self._destination_uri)
+        return LibvirtError(
+            error.message,
+            code=error.code,
+            hint="it is the source's libvirtd that connects, as root at its host, whoever runs "
+            "this. "
+            + (f"There, as root, this must work: {trial}. " if trial else "")
+            + "Or use --direct, which needs no way from one daemon to the other",
+        )
+
+    def _destination_away(self) -> LibvirtError:
+        return LibvirtError(
+            f"the destination's libvirt cannot be reached: {self._destination_uri}",
+            hint="run this again when it answers, with --resume where virsh domstate --reason says "
+            "that post-copy has failed: the guest waits there",
+        )
 
     async def switch(self) -> None:
         libvirt = load()
@@ -226,10 +215,7 @@ class NativeEngine:
     async def _refuse_a_crash(self) -> None:
         connection = await self._reach_destination()
         if connection is None:
-            raise LibvirtError(
-                f"the destination's libvirt cannot be reached: {self._destination_uri}",
-                hint="the guest waits; run again with --resume when it answers",
-            )
+            raise self._destination_away()
         version = int(await connection.call("no answer", connection.handle.getLibVersion))
         first, last = CRASHES_ON_RESUME
         if first <= version <= last:
@@ -326,6 +312,7 @@ class NativeEngine:
             if error.code == libvirt.VIR_ERR_NO_DOMAIN:
                 return await self._gone_from_source()
             await self._drop("source")
+            self._daemon_lost = "source"
             await asyncio.sleep(min(timeout, RECONNECT_SECONDS))
             return self._observation(Phase.UNREACHABLE, Statistics(), error)
 
@@ -352,7 +339,9 @@ class NativeEngine:
         passes = max(self._passes, statistics.passes)
         if phase is not Phase.UNREACHABLE:
             self._last_phase = phase
-        return Observation(phase, passes, statistics, error or self._error, busy, stopped)
+        return Observation(
+            phase, passes, statistics, error or self._error, busy, stopped, self._daemon_lost
+        )
 
     async def _look(self, connection: Connection) -> Observation:
         await self._listen_to_source()
@@ -364,6 +353,8 @@ class NativeEngine:
             return await self._gone_from_source()
         if phase is Phase.PRECOPY:
             await self._listen_to_destination()
+        if phase is Phase.ENDED and self._error is not None and not self._daemon_lost:
+            await self._ask_destination()
         if phase is Phase.POSTCOPY and self._limit_anew:
             self._limit_anew = False
             await self._limit_postcopy()
@@ -434,6 +425,15 @@ class NativeEngine:
         if connection is not None:
             with contextlib.suppress(LibvirtError):
                 await self._subscribe("destination", connection, "LIFECYCLE")
+
+    async def _ask_destination(self) -> None:
+        """Whether the daemon there is the one that was connected to in pre-copy."""
+        if self._destination is None:
+            return
+        try:
+            await self._destination.call("no answer", self._destination.handle.getLibVersion)
+        except LibvirtError:
+            self._daemon_lost = "destination"
 
     async def _gone_from_source(self) -> Observation:
         """The source has it no more: the destination says whether it arrived."""
@@ -512,6 +512,24 @@ class NativeEngine:
                 domain = await connection.domain(self._uuid)
                 return statistics_of(await connection.call("none", domain.jobStats, flag))
         return Statistics()
+
+    async def blocktime(self) -> Blocktime | None:
+        """Of a domain with arguments of its own to QEMU: only such a one can have had QEMU count.
+
+        Others are not asked: libvirt marks a domain as tainted whose monitor is used.
+        """
+        connection = await self._reach_destination()
+        if connection is None:
+            return None
+        try:
+            domain = await connection.domain(self._uuid)
+            xml = domain_xml.parse(await connection.call("no XML", domain.XMLDesc, 0))
+            if xml.find(domain_xml.ARGUMENTS) is None:
+                return None
+            monitor = LibvirtMonitor(connection, domain, owns_connection=False)
+            return blocktime_of(await monitor.execute("query-migrate", timeout=FIGURES_TIMEOUT))
+        except PostcopyError:
+            return None
 
     async def close(self) -> None:
         for side in ("source", "destination"):

@@ -5,16 +5,17 @@ Figures are the engine's; what it has none of is None, with the reason in ``note
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qemu_postcopy.migrate.engine import Observation, Statistics
+from qemu_postcopy.migrate.engine import Blocktime, Observation, Statistics
 
-#: QEMU counts blocked time only with its capability `postcopy-blocktime`, set before the migration
-#: begins; libvirt (11.3) never sets it, and its monitor pass-through is closed during a migration.
+#: QEMU counts only with its capability `postcopy-blocktime`, set at the destination before the
+#: switch.  libvirt (9.0, 11.3) never sets it, and its monitor pass-through there is closed from the
+#: start of that QEMU until the guest is whole (tests/libvirtd/test_migrate_blocktime.py).
 NO_BLOCKTIME = (
-    "blocked time per virtual CPU and latencies: QEMU counts them only when told before the "
-    "migration begins, which libvirt does not do"
+    "blocked time per virtual CPU and latencies: QEMU counts them only when told at the "
+    "destination before the switch, which libvirt neither does nor lets others do"
 )
 
 
@@ -36,6 +37,7 @@ class Report:
 
     Attributes:
         switch_reason: empty: it ended in pre-copy.
+        started_over: how often a lost daemon had ended pre-copy, and it was begun anew.
         stopped: seconds between the stop at the source and the start at the destination, as this
             process saw the daemons' events; None: not seen.
         seconds: how long each stage took.
@@ -46,10 +48,12 @@ class Report:
     switch_reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     interruptions: list[Interruption] = field(default_factory=list)
+    started_over: int = 0
     passes: int = 0
     watched: float = 0.0
     stopped: float | None = None
     statistics: Statistics = field(default_factory=Statistics)
+    blocktime: Blocktime | None = None
     notes: list[str] = field(default_factory=list)
     destination: str = ""
 
@@ -67,7 +71,12 @@ class Report:
                 interruption.seconds = 0.0
         if not statistics.raw:
             self.notes.append("libvirt has kept no figures of this migration")
-        self.notes.append(NO_BLOCKTIME)
+
+    def note_blocktime(self, blocktime: Blocktime | None) -> None:
+        """What the virtual CPUs waited, or why that is not known."""
+        self.blocktime = blocktime
+        if blocktime is None:
+            self.notes.append(NO_BLOCKTIME)
 
     def as_json(self) -> dict[str, Any]:
         """Times in seconds unless their name says ms; sizes in bytes."""
@@ -92,7 +101,8 @@ class Report:
                 {"seconds": round(one.seconds or 0.0, 3), "attempts": one.attempts}
                 for one in self.interruptions
             ],
-            "blocktime": None,
+            "started_over": self.started_over,
+            "blocktime": None if self.blocktime is None else asdict(self.blocktime),
             "notes": self.notes,
         }
 
@@ -114,6 +124,15 @@ class Report:
         if figures.raw:
             stopped = f"; {result['stopped_ms']:.0f} ms as seen from here" if self.stopped else ""
             lines.append(f"  the guest stood still for {result['downtime_ms']} ms{stopped}")
+        if self.blocktime is not None:
+            waits = ", ".join(f"{number}: {ms}" for number, ms in enumerate(self.blocktime.cpu_ms))
+            mean = self.blocktime.latency_ns
+            lines.append(
+                f"  virtual CPUs waited for pages, in ms: {waits}"
+                + (f"; {mean / 1e6:.1f} ms for a page" if mean is not None else "")
+            )
+        if self.started_over:
+            lines.append(f"  begun anew {self.started_over} times: a libvirtd had ended pre-copy")
         for one in self.interruptions:
             lines.append(
                 f"  interrupted for {one.seconds or 0.0:.1f} s, resumed at attempt {one.attempts}"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from libvirtd.daemons import Host, Stack
 from libvirtd.network import Link
+from libvirtd.pairs import Pair, joined
 
 from qemu_postcopy.images.guest_image import GuestImage
 
@@ -108,3 +109,23 @@ def shared_dir(run_dir: Path) -> Path:
     path.mkdir()
     path.chmod(0o777)
     return path
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.needs(name)) for name in STACKS])
+def pair(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Pair]:
+    with joined(hosts, request.param) as made:
+        yield made
+
+
+@pytest.fixture(params=[pytest.param("libvirt11", marks=pytest.mark.needs("libvirt11"))])
+def new_pair(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Pair]:
+    """Of the newer libvirt only."""
+    with joined(hosts, request.param) as made:
+        yield made
+
+
+@pytest.fixture(params=[pytest.param("libvirt", marks=pytest.mark.needs("libvirt"))])
+def old_pair(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Pair]:
+    """Of the libvirt whose daemon survives a resume."""
+    with joined(hosts, request.param) as made:
+        yield made

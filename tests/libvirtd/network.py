@@ -56,11 +56,13 @@ class Link:
         self.left.run("ss", "-K", "dst", "10.77.0.2")
 
     def limit(self, bytes_per_second: int) -> None:
-        """The wire carries no more than this, from left to right."""
+        """The wire carries no more than this, in each direction."""
         rate = f"{bytes_per_second * 8 // 1000}kbit"
-        self.left.run("tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf", "rate", rate,
-                      "burst", "256kb", "latency", "50ms")  # fmt: skip
+        for host in (self.left, self.right):
+            host.run("tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf", "rate", rate,
+                     "burst", "256kb", "latency", "50ms")  # fmt: skip
 
     def unlimit(self) -> None:
         """Takes what :meth:`limit` set away."""
-        self.left.run("tc", "qdisc", "del", "dev", INTERFACE, "root")
+        for host in (self.left, self.right):
+            host.run("tc", "qdisc", "del", "dev", INTERFACE, "root")

@@ -2,178 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from libvirtd.conftest import STACKS, Hosts
-from libvirtd.daemons import Host
-from libvirtd.domains import MIB, Domain, domain_xml, start_domain
-from libvirtd.network import Link
+from libvirtd.domains import MIB, domain_xml
+from libvirtd.pairs import FILL_MIB, POLICY, Gap, Pair, busy_domain, interrupted_soon
 from vm.guests import PATIENCE, wait_until
 
 from qemu_postcopy.images.guest_image import GuestImage
 
 pytestmark = pytest.mark.needs("guest", "uffd", "root")
-
-SYSCTL = Path("/proc/sys/vm/unprivileged_userfaultfd")
-#: The guest rewrites its memory faster than this, so pre-copy never ends.
-SLOW = 48 * MIB
-FILL_MIB = 64
-#: QEMU 7.2 under TCG loses writes between two passes of pre-copy, with plain virsh as well: its
-#: guests are switched within the first.
-POLICY = {"libvirt": ("--after-passes", 0), "libvirt11": ()}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two hosts of one libvirt, joined by a slow network."""
-
-    source: Host
-    target: Host
-    link: Link
-
-    def command(self, *options: object) -> list[str]:
-        tool = (sys.executable, "-m", "qemu_postcopy", "migrate")
-        return self.source.command(*tool, *options, "guest", self.target.uri)
-
-    def migrate(self, *options: object, status: int = 0) -> dict[str, Any]:
-        """By the tool on the source host; its report."""
-        said = self.source.tool(
-            "migrate", "--json", *options, "guest", self.target.uri, status=status
-        )
-        report: dict[str, Any] = json.loads(said.stdout) if said.stdout else {}
-        return report
-
-    def begin(self, *options: object) -> Begun:
-        return Begun(self.source, self.command("--json", *options))
-
-    def where(self) -> tuple[list[str], list[str]]:
-        return self.source.domains(), self.target.domains()
-
-    def wait_postcopy(self) -> None:
-        def switched() -> bool:
-            done = self.source.virsh("domstate", "--reason", "guest")
-            return "post-copy" in done
-
-        wait_until(switched, "the guest runs at the destination")
-
-
-class Begun:
-    """The tool in the middle of its work."""
-
-    def __init__(self, host: Host, command: list[str]) -> None:
-        self._host = host
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
-
-    def wait_said(self, words: str) -> None:
-        wait_until(
-            lambda: any(words in line for line in self.lines) or self.process.poll() is not None,
-            f"it says {words!r}",
-        )
-        assert any(words in line for line in self.lines), "".join(self.lines)
-
-    def signal(self, number: signal.Signals) -> None:
-        """To the tool; what was started from here is nsenter, which keeps signals to itself."""
-        (pid,) = self._host.processes(f"{sys.executable}\0-m\0qemu_postcopy\0migrate")
-        os.kill(pid, number)
-
-    def report(self, status: int = 0) -> dict[str, Any]:
-        assert self.process.wait(PATIENCE) == status, "".join(self.lines)
-        assert self.process.stdout is not None
-        text = self.process.stdout.read()
-        self._reader.join()
-        report: dict[str, Any] = json.loads(text) if text else {}
-        return report
-
-
-@contextmanager
-def joined(hosts: Hosts, stack: str) -> Iterator[Pair]:
-    source, target = hosts.get(stack), hosts.get(stack, "beta")
-    link = hosts.link(source, target)
-    link.mend()
-    link.limit(SLOW)
-    before = SYSCTL.read_text()
-    if stack == "libvirt":
-        SYSCTL.write_text("1")  # QEMU 7.2 knows no other way to a userfaultfd
-    try:
-        yield Pair(source, target, link)
-    finally:
-        SYSCTL.write_text(before)
-        link.mend()
-        link.unlimit()
-
-
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.needs(name)) for name in STACKS])
-def pair(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Pair]:
-    with joined(hosts, request.param) as made:
-        yield made
-
-
-@pytest.fixture(params=[pytest.param("libvirt11", marks=pytest.mark.needs("libvirt11"))])
-def new_pair(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Pair]:
-    """Of the newer libvirt only."""
-    with joined(hosts, request.param) as made:
-        yield made
-
-
-@pytest.fixture(params=[pytest.param("libvirt", marks=pytest.mark.needs("libvirt"))])
-def old_pair(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[Pair]:
-    """Of the libvirt whose daemon survives a resume."""
-    with joined(hosts, request.param) as made:
-        yield made
-
-
-def busy_domain(pair: Pair, image: GuestImage, directory: Path, **choices: object) -> Domain:
-    domain = start_domain(
-        pair.source, image, directory, "guest", **{"fill_mib": FILL_MIB, **choices}
-    )
-    domain.wait_ready()
-    return domain
-
-
-class Gap:
-    """The longest silence of a guest that ticks steadily, as its console file shows it."""
-
-    def __init__(self, domain: Domain) -> None:
-        self.path = domain.console.path
-        self.longest = 0.0
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        size, last = self.path.stat().st_size, time.monotonic()
-        while not self._ending.wait(0.002):
-            now, grown = time.monotonic(), self.path.stat().st_size
-            if grown != size:
-                self.longest, size, last = max(self.longest, now - last), grown, now
-
-    def __enter__(self) -> Gap:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._ending.set()
-        self._thread.join()
 
 
 def test_a_guest_that_never_converges_is_switched_by_the_policy_and_arrives_whole(
@@ -230,16 +69,6 @@ def test_ctrl_c_in_pre_copy_leaves_the_guest_running_at_the_source(
     domain.console.wait_passes(1)
 
 
-def interrupted_soon(pair: Pair, domain: Domain) -> None:
-    """Until the guest runs at the destination, and has what interrupts touch.
-
-    QEMU under TCG delivers interrupts with its lock held: one that waits for a page keeps the
-    monitor waiting too, and libvirt's order to recover (it does not use out-of-band commands).
-    """
-    pair.wait_postcopy()
-    domain.console.wait_more_ticks(10)
-
-
 def test_a_cut_link_is_recovered_without_a_hand_on_it(
     old_pair: Pair, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
@@ -290,22 +119,6 @@ def test_where_a_resume_would_crash_libvirt_the_guest_is_left_waiting(
     said = new_pair.source.tool("migrate", "--resume", "guest", new_pair.target.uri, status=5)
     assert "nothing is lost" in said.stderr
     assert new_pair.where() == (["guest"], ["guest"])
-
-
-@pytest.mark.parametrize("side", [pytest.param("source", marks=pytest.mark.soak), "target"])
-def test_a_post_copy_is_seen_through_while_a_libvirtd_is_killed_and_started_again(
-    pair: Pair, shared_guest: GuestImage, shared_dir: Path, side: str
-) -> None:
-    domain = busy_domain(pair, shared_guest, shared_dir)
-    pair.link.limit(16 * MIB)
-    begun = pair.begin("--after-passes", 0)
-    interrupted_soon(pair, domain)
-    host = pair.source if side == "source" else pair.target
-    host.restart_daemon("libvirtd", signal.SIGKILL)
-    report = begun.report()
-    assert pair.where() == ([], ["guest"])
-    domain.console.wait_passes(1)
-    assert report["mode"] == "post-copy" and report["interruptions"] == []
 
 
 def test_a_domain_that_is_off_at_both_hosts_is_not_said_to_have_moved(
@@ -387,24 +200,48 @@ def test_the_tool_is_killed_and_another_run_sees_the_migration_through(
     domain.console.wait_passes(1)
 
 
+def moved_by_tool(way: Pair) -> dict[str, float]:
+    report = way.migrate()
+    return {
+        "downtime_ms": report["downtime_ms"],
+        "seconds": report["total_seconds"],
+        "requests": report["postcopy_requests"],
+    }
+
+
+def moved_by_virsh(way: Pair) -> dict[str, float]:
+    """Switched by virsh when the first pass is complete."""
+    words = ("--live", "--p2p", "--postcopy", "--postcopy-after-precopy", "guest", way.target.uri)
+    way.source.virsh("migrate", *words)
+    said = way.target.virsh("domjobinfo", "--completed", "--rawstats", "guest")
+    raw = dict(line.strip().split(": ", 1) for line in said.splitlines() if ": " in line)
+    return {
+        "downtime_ms": float(raw["downtime"]),
+        "seconds": float(raw["time_elapsed"]) / 1000,
+        "requests": float(raw["memory_postcopy_requests"]),
+    }
+
+
 @pytest.mark.soak
 def test_gap_and_downtime_beside_plain_virsh(
     new_pair: Pair, shared_guest: GuestImage, shared_dir: Path
 ) -> None:
-    """Prints them; asserts no time.  Both move the same guest, there and back again."""
+    """Prints them; asserts no time.  Both move the same guest, in turns, in both directions."""
     domain = busy_domain(new_pair, shared_guest, shared_dir)
-    back = Pair(new_pair.target, new_pair.source, new_pair.link)
-    virsh = ("virsh", "migrate", "--live", "--p2p", "--postcopy", "--postcopy-after-precopy")
-    for _ in range(3):
+    ways = (new_pair, Pair(new_pair.target, new_pair.source, new_pair.link))
+    movers = {"driven": moved_by_tool, "virsh": moved_by_virsh}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in movers}
+    for number, name in enumerate(("driven", "virsh", "virsh", "driven", "driven", "virsh")):
+        way = ways[number % 2]
         with Gap(domain) as gap:
-            report = new_pair.migrate()
+            figures = movers[name](way)
             domain.console.wait_passes(1)
-        figures = ("downtime_ms", "total_seconds", "postcopy_requests")
-        print(f"driven: gap {gap.longest * 1000:.0f} ms, {[report[name] for name in figures]}")
-        with Gap(domain) as gap:
-            back.source.run(*virsh, "guest", back.target.uri)
-            domain.console.wait_passes(1)
-        said = back.target.virsh("domjobinfo", "--completed", "guest")
-        wanted = ("Time elapsed", "Total downtime", "Postcopy requests")
-        lines = [line.split() for line in said.splitlines() if line.startswith(wanted)]
-        print(f"virsh:  gap {gap.longest * 1000:.0f} ms, {lines}")
+        assert way.where() == ([], ["guest"])
+        seen[name].append({"gap_ms": gap.longest * 1000, **figures})
+    with Gap(domain) as gap:
+        domain.console.wait_passes(1)
+    print(f"\nwithout a migration: gap {gap.longest * 1000:.0f} ms")
+    for name, moves in seen.items():
+        for what in moves[0]:
+            values = sorted(move[what] for move in moves)
+            print(f"{name:7} {what:12} " + " ".join(f"{value:8.1f}" for value in values))

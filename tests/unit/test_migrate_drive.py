@@ -17,9 +17,10 @@ from qemu_postcopy.errors import (
 )
 from qemu_postcopy.migrate import drive as module
 from qemu_postcopy.migrate.drive import Drive, DriveOptions, News
-from qemu_postcopy.migrate.engine import NotYetError, Observation, Phase, Statistics
+from qemu_postcopy.migrate.engine import Blocktime, NotYetError, Observation, Phase, Statistics
+from qemu_postcopy.migrate.native_terms import blocktime_of
 from qemu_postcopy.migrate.policy import Policy
-from qemu_postcopy.migrate.report import Report
+from qemu_postcopy.migrate.report import NO_BLOCKTIME, Report
 
 MIB = 1 << 20
 BROKEN = LibvirtError("the network is gone", hint="mend it")
@@ -47,6 +48,7 @@ class PlayedEngine:
         self.seen = list(seen)
         self.asked: list[str] = []
         self.refuse = refuse
+        self.counted: Blocktime | None = None
         self.before: Callable[[int], None] = lambda left: None
 
     async def observe(self, timeout: float) -> Observation:
@@ -55,6 +57,10 @@ class PlayedEngine:
 
     async def start(self) -> None:
         self.asked.append("start")
+
+    async def can_start(self) -> bool:
+        self.asked.append("can start?")
+        return self.asked.count("can start?") > 1
 
     async def switch(self) -> None:
         self.asked.append("switch")
@@ -72,6 +78,9 @@ class PlayedEngine:
 
     async def completed_statistics(self) -> Statistics:
         return Statistics(passes=3, raw={"known": True})
+
+    async def blocktime(self) -> Blocktime | None:
+        return self.counted
 
     async def close(self) -> None:
         self.asked.append("close")
@@ -290,6 +299,63 @@ def test_a_migration_that_fails_in_pre_copy_raises_what_the_engine_said() -> Non
     engine = PlayedEngine(precopy(1), Observation(Phase.ENDED, error=LibvirtError("no space")))
     with pytest.raises(LibvirtError, match="no space"):
         run(driven(engine))
+
+
+def test_blocked_times_are_reported_where_they_were_counted_and_else_the_reason() -> None:
+    engine = PlayedEngine(precopy(3), POSTCOPY, COMPLETED)
+    report = run(driven(engine))
+    assert report.as_json()["blocktime"] is None and NO_BLOCKTIME in report.notes
+    # As query-migrate has it, of a QEMU 10.1.
+    raw = {"postcopy-blocktime": 7, "postcopy-vcpu-blocktime": [40, 7], "postcopy-latency": 1500000}
+    engine = PlayedEngine(precopy(3), POSTCOPY, COMPLETED)
+    engine.counted = blocktime_of(raw)
+    report = run(driven(engine))
+    told = report.as_json()["blocktime"]
+    assert (told["all_ms"], told["cpu_ms"], told["latency_ns"]) == (7, (40, 7), 1500000)
+    assert "0: 40, 1: 7; 1.5 ms for a page" in report.as_text()
+    assert NO_BLOCKTIME not in report.notes
+    assert blocktime_of({"status": "completed"}) is None
+
+
+LOST = Observation(Phase.ENDED, error=BROKEN, daemon_lost="source")
+
+
+def test_a_pre_copy_that_a_lost_daemon_ended_is_started_over_where_it_is_supervised() -> None:
+    told: list[News] = []
+    engine = PlayedEngine(
+        precopy(1), precopy(2, 40), AWAY, LOST, LOST, precopy(1), precopy(2, 50), precopy(3, 20),
+        POSTCOPY, COMPLETED,
+    )  # fmt: skip
+    report = run(driven(engine, DriveOptions(supervise=True), told))
+    # Passes and what they left are counted anew: no switch before the second one is complete.
+    assert engine.asked == ["start", "can start?", "can start?", "start", "switch"]
+    assert report.started_over == 1 and report.as_json()["started_over"] == 1
+    assert "begun anew" in report.as_text()
+    assert any("source's libvirtd went away" in news.text for news in told)
+
+
+def test_a_lost_daemon_is_named_where_nobody_is_to_start_over() -> None:
+    for options in (DriveOptions(), DriveOptions(begin="watch", supervise=True)):
+        engine = PlayedEngine(precopy(1), AWAY, LOST)
+        with pytest.raises(LibvirtError, match="source's libvirtd went away") as caught:
+            run(driven(engine, options))
+        assert "runs on at the source" in caught.value.hint
+        assert "can start?" not in engine.asked
+
+
+def test_only_a_lost_daemon_is_a_reason_to_start_over() -> None:
+    engine = PlayedEngine(precopy(1), Observation(Phase.ENDED, error=LibvirtError("no space")))
+    with pytest.raises(LibvirtError, match="no space"):
+        run(driven(engine, DriveOptions(supervise=True)))
+
+
+def test_ctrl_c_ends_the_wait_to_start_over() -> None:
+    engine = PlayedEngine(precopy(1), LOST, LOST)
+    drive = driven(engine, DriveOptions(supervise=True))
+    engine.before = lambda left: drive.request_cancel() if left == 1 else None
+    with pytest.raises(OperationCancelledError):
+        run(drive)
+    assert engine.asked == ["start", "can start?"]
 
 
 def test_no_way_leads_back_from_post_copy_to_pre_copy() -> None:
