@@ -21,8 +21,8 @@ from rich.text import Text
 
 from qemu_postcopy.errors import PostcopyError, SidecarError, StateError
 from qemu_postcopy.sidecar.control import ask
-from qemu_postcopy.sidecar.rundir import NAME, RunDirectory, SessionRecord, base_directory
-from qemu_postcopy.status import ASKED_AT_ONCE, DEPENDENT, standing
+from qemu_postcopy.sidecar.rundir import NAME, RunDirectory, base_directory
+from qemu_postcopy.status import ASKED_AT_ONCE, DEPENDENT, require_types, standing
 
 ADDRESS_SCHEME = "libvirt:"
 #: One that does not answer must not keep the others from being seen for long.
@@ -120,7 +120,7 @@ def _entry(path: Path) -> dict[str, Any]:
     record = directory.read_record(missing_ok=True)
     if record is None:
         return {**entry, "stale": not served}
-    _require_types(record)
+    require_types(record)
     state, trouble = standing(directory, record)
     statistics = record.statistics
     if state in DEPENDENT:
@@ -149,23 +149,6 @@ def _entry(path: Path) -> dict[str, Any]:
         "image": record.shown or record.image,
         "trouble": trouble,
     }
-
-
-def _require_types(record: SessionRecord) -> None:
-    wanted = {
-        "image": str,
-        "state": str,
-        "qmp": str,
-        "boot_id": str,
-        "attached_by": str,
-        "pid": int,
-        "start_time": int,
-        "sidecar_pid": int,
-        "statistics": dict,
-    }
-    for name, kind in wanted.items():
-        if not isinstance(getattr(record, name), kind):
-            raise SidecarError(f"session.json is damaged: {name}")
 
 
 def _filled(statistics: dict[str, Any], state: str) -> float | None:

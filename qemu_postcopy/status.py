@@ -33,10 +33,11 @@ def collect(name: str | None = None, timeout: float = ANSWER_TIMEOUT) -> list[di
     """One entry per guest of this user; a sidecar has ``timeout`` seconds to answer.
 
     Keys: ``name``, ``state`` (of the session; `waiting` where the sidecar is gone and the guest
-    needs it; `ended` where QEMU is gone), ``pid``, ``image``, ``trouble`` (a sentence, or empty),
-    ``chaos`` (None, or which page data fails on purpose and how often it did),
-    ``statistics`` (as :class:`qemu_postcopy.paging.pager.Statistics`), ``origins`` (by who faulted:
-    ``faults``, ``blocked_us``, ``waiting`` now and for ``waiting_us``, ``latency_us``; see
+    needs it; `ended` where QEMU is gone; `damaged` where its record cannot be read), ``pid``,
+    ``image``, ``trouble`` (a sentence, or empty), ``chaos`` (None, or which page data fails on
+    purpose and how often it did), ``statistics`` (as
+    :class:`qemu_postcopy.paging.pager.Statistics`), ``origins`` (by who faulted: ``faults``,
+    ``blocked_us``, ``waiting`` now and for ``waiting_us``, ``latency_us``; see
     :mod:`qemu_postcopy.vm.origin`), ``vcpus`` (``count`` of their threads, how many are ``stopped``
     by a missing page now, for how long each was in all, ``stopped_us``, and all at the same time,
     ``all_stopped_us``; ``async_share`` of all faults, 0 to 1, that the kernel made on their
@@ -47,7 +48,7 @@ def collect(name: str | None = None, timeout: float = ANSWER_TIMEOUT) -> list[di
     away).  Counts begin anew when another sidecar takes over.
 
     Raises:
-        SidecarError: no guest of that name is known.
+        SidecarError: no guest of that name is known, or its record is damaged.
     """
     if name:
         return [_entry(RunDirectory.find(name), timeout)]
@@ -60,20 +61,37 @@ def collect(name: str | None = None, timeout: float = ANSWER_TIMEOUT) -> list[di
 def _entry_if_there(directory: RunDirectory, timeout: float) -> dict[str, Any] | None:
     try:
         return _entry(directory, timeout)
-    except (PostcopyError, OSError):
-        return None  # it went away meanwhile, or is damaged: `status NAME` says which
+    except (PostcopyError, OSError, ValueError, TypeError, KeyError) as error:
+        if not (directory.path / "session.json").exists():
+            return None  # it went away meanwhile
+        # Its guest may wait for somebody to notice: it is not left out.
+        words = error.message if isinstance(error, PostcopyError) else repr(error)
+        return {**_blank(directory), "state": "damaged", "trouble": words}
+
+
+def _blank(directory: RunDirectory) -> dict[str, Any]:
+    return {
+        "name": directory.name,
+        "state": "",
+        "pid": 0,
+        "image": "",
+        "trouble": "",
+        "chaos": None,
+        "statistics": {},
+        "origins": {},
+        "vcpus": {},
+        "blocks": [],
+    }
 
 
 def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
     record = directory.read_record()
     assert record is not None
+    require_types(record)
     entry: dict[str, Any] = {
-        "name": directory.name,
-        "state": record.state,
+        **_blank(directory),
         "pid": record.pid,
         "image": record.shown or record.image,
-        "trouble": "",
-        "chaos": None,
         "statistics": record.statistics,
         "origins": record.origins,
         "vcpus": record.vcpus,
@@ -94,6 +112,31 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
             trouble += f"; {failed}"
         return {**entry, "state": "waiting", "trouble": trouble}
     return {key: answer.get(key, entry[key]) for key in entry}
+
+
+def require_types(record: SessionRecord) -> None:
+    """Raises SidecarError where a record that could be read says what none of ours would."""
+    wanted = {
+        "image": str,
+        "shown": str,
+        "state": str,
+        "qmp": str,
+        "boot_id": str,
+        "attached_by": str,
+        "pid": int,
+        "start_time": int,
+        "sidecar_pid": int,
+        "statistics": dict,
+        "origins": dict,
+        "vcpus": dict,
+        "block_counts": list,
+    }
+    for name, kind in wanted.items():
+        if not isinstance(getattr(record, name), kind):
+            raise SidecarError(
+                f"session.json is damaged: {name}",
+                hint="nothing of it can be believed; is its guest's QEMU still there (ps)?",
+            )
 
 
 def standing(directory: RunDirectory, record: SessionRecord) -> tuple[str, str]:
