@@ -149,6 +149,11 @@ def _show(result: Any, as_json: bool, text: str) -> None:
     help="Copy while the guest runs until stopping it takes no longer than this. A guest that "
     "writes faster than the disk never gets there: interrupt, and it runs on unharmed.",
 )
+@click.option(
+    "--accept-lost-writes",
+    is_flag=True,
+    help="With --max-downtime: also under TCG in a QEMU older than 9.0, which loses writes then.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
 def snapshot(
     qmp: str,
@@ -156,6 +161,7 @@ def snapshot(
     connect: str | None,
     then: str,
     max_downtime: int | None,
+    accept_lost_writes: bool,
     as_json: bool,
 ) -> None:
     """Save a running guest into the directory IMAGE.
@@ -181,7 +187,12 @@ def snapshot(
     from qemu_postcopy.snapshot import snapshot as take
 
     options = SnapshotOptions(
-        qmp=qmp, image=image, then=then, max_downtime_ms=max_downtime, connect=connect
+        qmp=qmp,
+        image=image,
+        then=then,
+        max_downtime_ms=max_downtime,
+        connect=connect,
+        accept_lost_writes=accept_lost_writes,
     )
     with byte_progress("saving") as progress:
         result = asyncio.run(take(options, progress))

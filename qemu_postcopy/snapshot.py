@@ -59,6 +59,7 @@ class SnapshotOptions:
             or UUID, where ``connect`` is given.
         image: directory to make.
         connect: URI of the libvirt that runs the domain.
+        accept_lost_writes: with ``max_downtime_ms``, where QEMU is known to lose writes then.
         then: what the guest does afterwards: `as-before`, `run`, `stop` or `quit`.
         max_downtime_ms: copy while the guest runs until stopping it takes no longer; None: stop it
             (almost) at once, which is soonest over.
@@ -69,6 +70,7 @@ class SnapshotOptions:
     then: str = "as-before"
     max_downtime_ms: int | None = None
     connect: str | None = None
+    accept_lost_writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ async def snapshot(
 
     Raises:
         QmpError: the monitor cannot be reached, or QEMU refused.
-        MismatchError: a guest whose memory cannot be paged (VFIO, encrypted).
+        MismatchError: a guest whose memory cannot be paged (VFIO, encrypted), or of whose writes
+            QEMU would lose some.
         HostError: disk full, or no right to write there.
         UsageError: the image exists already; an unknown ``then``.
         StateError: the guest stands still since an earlier snapshot.
@@ -112,6 +115,8 @@ async def snapshot(
                     hint="let it run first: cont in its monitor",
                 )
             await _require_pageable(qmp)
+            if options.max_downtime_ms is not None and not options.accept_lost_writes:
+                await _require_kept_writes(qmp)
             described = await describe()
             page_sizes = await _lazy_blocks(qmp)
             with Guard(address) if before == "running" else nullcontext():
@@ -230,6 +235,16 @@ async def _require_pageable(qmp: Monitor) -> None:
     if reasons:
         raise MismatchError("this guest cannot be resumed lazily: " + "; ".join(reasons))
     await require_migratable(qmp)
+
+
+async def _require_kept_writes(qmp: Monitor) -> None:
+    """MismatchError where an image made while the guest runs would lack some of its writes."""
+    if await migration.passes_lose_writes(qmp):
+        raise MismatchError(
+            f"no image is made while this guest runs: {migration.LOST_WRITES}",
+            hint="leave --max-downtime out, which stops it meanwhile; --accept-lost-writes does it "
+            "all the same: the guest goes on unharmed, what is restored from the image may crash",
+        )
 
 
 #: What the manifest says of the guest, as :meth:`ImageWriter.finish` takes it.

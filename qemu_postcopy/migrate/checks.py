@@ -20,6 +20,7 @@ from qemu_postcopy.errors import LibvirtError, MismatchError, PostcopyError
 from qemu_postcopy.libvirt import domain_xml
 from qemu_postcopy.libvirt.connection import Connection, load
 from qemu_postcopy.migrate.native_terms import CRASHES_ON_RESUME, NativeOptions
+from qemu_postcopy.vm.migration import LOST_WRITES, passes_lose_writes
 from qemu_postcopy.vm.refusals import SHARED
 
 Verdict = Literal["ok", "hint", "refused"]
@@ -81,8 +82,14 @@ async def check_all(
     options: NativeOptions,
     *,
     preempt: bool = False,
+    passes: bool = False,
+    accept_lost_writes: bool = False,
 ) -> list[Check]:
     """Every check, in the order in which an operator reads them.
+
+    Args:
+        passes: whether whole passes of pre-copy are wanted, in which some QEMUs lose writes.
+        accept_lost_writes: that is a hint then, no refusal.
 
     Raises:
         LibvirtError: a daemon does not answer.
@@ -100,6 +107,8 @@ async def check_all(
         *_disks(subject),
         *await _memory(subject),
     ]
+    if passes:
+        found += await _lost_writes(subject, accept_lost_writes)
     if options.postcopy:
         found.append(await _userfaultfd(subject))
         found.append(await _recovery(subject))
@@ -382,6 +391,29 @@ def _is_local(uri: str) -> bool:
     """Whether the daemon behind a URI runs on this kernel."""
     parts = urlsplit(uri)
     return not parts.hostname and "+" not in parts.scheme.replace("+unix", "")
+
+
+async def _lost_writes(subject: _Subject, accepted: bool) -> list[Check]:
+    """The running QEMU itself is asked: it may be older than what is installed."""
+    from qemu_postcopy.libvirt.monitor import LibvirtMonitor
+
+    if _hardware(subject.xml)[2] != "qemu":
+        return []
+    try:
+        monitor = await LibvirtMonitor.of(subject.source, subject.domain)
+        if not await passes_lose_writes(monitor):
+            return []
+    except PostcopyError:
+        return []  # not running: said elsewhere
+    return [
+        Check(
+            "pre-copy",
+            "hint" if accepted else "refused",
+            LOST_WRITES,
+            "--after-passes 0 (switched at once), virsh migrate without --live (stopped "
+            "meanwhile), or --accept-lost-writes",
+        )
+    ]
 
 
 def _open_to_all() -> bool:

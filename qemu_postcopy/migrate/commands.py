@@ -104,6 +104,11 @@ from qemu_postcopy.migrate.report import Report
 )
 @click.option("--undefinesource", is_flag=True, help="Undefine it at the source.")
 @click.option("--unsafe", is_flag=True, help="Migrate although disks may not be shared safely.")
+@click.option(
+    "--accept-lost-writes",
+    is_flag=True,
+    help="Whole passes also under TCG in a QEMU older than 9.0, which loses writes then.",
+)
 @click.option("--resume", is_flag=True, help="Take up a post-copy that was interrupted.")
 @click.option(
     "--watch", is_flag=True, help="Drive a migration that is under way already, such as virsh's."
@@ -170,7 +175,7 @@ def migrate_command(domain: str, destination: str, connect: str, **choices: Any)
         raise UsageError("--watch-only does nothing, --supervise does", hint="say --watch")
     options = native_options(choices)
     if choices["dry_run"]:
-        found = asyncio.run(_check(connect, domain, destination, options, choices["preempt"]))
+        found = asyncio.run(_check(connect, domain, destination, options, choices))
         if as_json:
             click.echo(json.dumps([check.as_json() for check in found], indent=2))
         else:
@@ -218,14 +223,22 @@ def drive_options(choices: dict[str, Any]) -> DriveOptions:
 
 
 async def _check(
-    connect: str, name: str, destination: str, options: NativeOptions, preempt: bool
+    connect: str, name: str, destination: str, options: NativeOptions, choices: dict[str, Any]
 ) -> list[checking.Check]:
     async with (
         await Connection.open(connect) as source,
         await Connection.open(destination) as target,
     ):
         domain = await source.domain(name)
-        return await checking.check_all(source, target, domain, options, preempt=preempt)
+        return await checking.check_all(source, target, domain, options, **_check_options(choices))
+
+
+def _check_options(choices: dict[str, Any]) -> dict[str, bool]:
+    return {
+        "preempt": choices["preempt"],
+        "passes": choices["precopy_only"] or choices["after_passes"] > 0,
+        "accept_lost_writes": choices["accept_lost_writes"],
+    }
 
 
 def _show_checks(found: list[checking.Check]) -> None:
@@ -245,7 +258,7 @@ async def _drive(
         if not (choices["resume"] or choices["watch"] or choices["watch_only"]):
             async with await Connection.open(destination) as target:
                 found = await checking.check_all(
-                    source, target, domain, options, preempt=choices["preempt"]
+                    source, target, domain, options, **_check_options(choices)
                 )
             checking.refuse(found)
             for check in found:

@@ -37,7 +37,8 @@ def test_a_restored_domain_moves_to_another_host(
         wait_detached(source, "guest")
     else:
         assert sidecars(source) != []
-    source.virsh("migrate", "--live", "guest", target.uri)
+    # Pre-copy of a running guest under TCG loses writes in QEMU 7.2, whoever asks for it.
+    source.virsh("migrate", *(["--live"] if stack == "libvirt11" else []), "guest", target.uri)
     assert (source.domains(), target.domains()) == ([], ["guest"])
     wait_until(lambda: sidecars(source) == [], "the sidecar has ended")
     domain.console.wait_passes(1)

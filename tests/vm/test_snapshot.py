@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,13 @@ def test_guest_does_afterwards_what_it_was_told(
     assert guest.run_state() == "running"
     guest.console.wait_passes(1)
 
-    snapshot("live", "--max-downtime", "300")
+    # A QEMU older than 9.0, which loses writes of a guest that is saved while it runs.
+    said = refused(
+        "snapshot", "--max-downtime", "300", guest.qmp_path, run_dir / "live", status=5,
+        words=["loses writes", "--accept-lost-writes"],
+    )  # fmt: skip
+    assert "--max-downtime" in said and not (run_dir / "live").exists()
+    snapshot("live", "--max-downtime", "300", "--accept-lost-writes")
     assert guest.run_state() == "running"
     guest.console.wait_passes(1)
     assert migration_settings(guest) == settings
@@ -119,11 +126,16 @@ def test_guest_does_afterwards_what_it_was_told(
     assert guest.process.kill() == 0, "it was to end by itself"
 
 
+@pytest.mark.needs("qemu10")
 def test_image_made_while_the_guest_ran_is_intact(
-    qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
+    lab: Lab, guest_image: GuestImage, run_dir: Path
 ) -> None:
-    guest = lab.boot(guest_image, qemu_binary)
-    live = take_snapshot(guest, run_dir / "live", qemu_binary, "memfd", "--max-downtime", "1000")
+    """Of a QEMU that loses no write then; some pages are sent again, as they were rewritten."""
+    qemu = Path(os.environ["QPC_QEMU10"])
+    guest = lab.boot(guest_image, qemu)
+    live = take_snapshot(guest, run_dir / "live", qemu, "memfd", "--max-downtime", "100")
+    # One when all of it is sent, one when the guest stands; the others while it ran.
+    assert guest.ask("query-migrate")["ram"]["dirty-sync-count"] >= 3
     guest.kill()
     restored = lab.restore(live)
     goes_on_from(restored, live)
