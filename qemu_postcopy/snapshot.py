@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from qemu_postcopy.image.stream import Demultiplexer, StreamSummary
 from qemu_postcopy.image.writer import ImageWriter
 from qemu_postcopy.progress import ByteProgress
 from qemu_postcopy.vm import migration
-from qemu_postcopy.vm.guard import Guard
+from qemu_postcopy.vm.guard import SETTLE_SECONDS, Guard
 from qemu_postcopy.vm.launch import OPERATOR_ID
 from qemu_postcopy.vm.layout import block_of, parse_ramblocks
 from qemu_postcopy.vm.memory_devices import current_arguments, require_migratable
@@ -119,7 +119,8 @@ async def snapshot(
                 await _require_kept_writes(qmp)
             described = await describe()
             page_sizes = await _lazy_blocks(qmp)
-            with Guard(address) if before == "running" else nullcontext():
+            guard = Guard(address, await migration.settings_of(qmp))
+            with guard if before == "running" else nullcontext():
                 try:
                     summary = await _save(
                         qmp, writer, list(page_sizes), options.max_downtime_ms, progress
@@ -135,9 +136,10 @@ async def snapshot(
                     image = await _in_thread(finish, progress)
                 except BaseException:
                     # No image: whatever was to become of the guest afterwards, it runs on.
-                    if before == "running":
-                        await asyncio.shield(_run_on(qmp))
+                    if before == "running" and await asyncio.shield(_runs_on(qmp)):
+                        guard.dismiss()
                     raise
+                guard.dismiss()
             # Not before the image is whole and in place.
             if options.then == "quit":
                 await qmp.execute("quit")
@@ -187,11 +189,16 @@ async def _save(
     return summaries[0]
 
 
-async def _run_on(qmp: Monitor) -> None:
+async def _runs_on(qmp: Monitor) -> bool:
+    """Lets the guest go on after a snapshot that failed; False where that is not known."""
     try:
-        await migration.let_run(qmp)
-    except PostcopyError as error:
-        log.warning("the guest could not be made to run on: %s", error.message)
+        async with asyncio.timeout(SETTLE_SECONDS):
+            await migration.settled(qmp)
+            await migration.let_run(qmp)
+    except (PostcopyError, TimeoutError) as error:
+        log.info("not known to run on: %s", error)
+        return False
+    return True
 
 
 async def _in_thread(finish: Callable[..., Image], progress: ByteProgress | None) -> Image:
@@ -215,9 +222,10 @@ async def _in_thread(finish: Callable[..., Image], progress: ByteProgress | None
 
 
 async def _report(qmp: Monitor, progress: ByteProgress) -> None:
-    while True:
-        await asyncio.sleep(PROGRESS_SECONDS)
-        progress(*await migration.progress_of(qmp))
+    with suppress(PostcopyError):  # a lost connection is for the snapshot itself to report
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            progress(*await migration.progress_of(qmp))
 
 
 async def _lazy_blocks(qmp: Monitor) -> dict[str, int]:

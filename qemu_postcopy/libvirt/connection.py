@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -139,6 +139,8 @@ class Connection:
     def __init__(self, handle: Any, uri: str) -> None:
         self.handle = handle
         self.uri = uri
+        self._ended = False
+        self._to_tell: list[Callable[[], None]] = []
 
     @classmethod
     async def open(cls, uri: str) -> Self:
@@ -162,7 +164,31 @@ class Connection:
                     "run there"
                 )
             raise failure from error
-        return cls(handle, uri)
+        made = cls(handle, uri)
+        with suppress(libvirt.libvirtError):
+            # One callback is all that a connection can have (virConnectRegisterCloseCallback).
+            await asyncio.to_thread(handle.registerCloseCallback, made._tell_end, None)
+        return made
+
+    def _tell_end(self, *_: Any) -> None:
+        """libvirt's callback, in its event thread: the daemon has gone, or does not answer."""
+        self._ended = True
+        for tell in list(self._to_tell):
+            tell()
+
+    @contextmanager
+    def telling_end(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Context in which ``tell`` is called when the connection ends, or at once if it has.
+
+        In any thread, and maybe more than once.
+        """
+        self._to_tell.append(tell)
+        try:
+            if self._ended:
+                tell()
+            yield
+        finally:
+            self._to_tell.remove(tell)
 
     async def call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a call of libvirt-python in a thread.
@@ -245,6 +271,9 @@ class Connection:
     async def close(self) -> None:
         """Ends the connection; never fails."""
         libvirt = load()
+        with suppress(libvirt.libvirtError):
+            # It holds a reference, so that nothing would be closed.
+            await asyncio.to_thread(self.handle.unregisterCloseCallback)
         with suppress(libvirt.libvirtError):
             await asyncio.to_thread(self.handle.close)
 

@@ -19,6 +19,8 @@ from qemu_postcopy.vm.monitor import CommandError, Message, Monitor
 
 #: What a monitor's address begins with, in ``session.json``: libvirt:URI#UUID.
 ADDRESS_SCHEME = "libvirt:"
+#: Put into a listener's queue when nothing can follow.
+CONNECTION_ENDED: Message = {"event": "(connection ended)"}
 
 
 def address_of(uri: str, uuid: str) -> str:
@@ -33,6 +35,14 @@ class LibvirtListener:
         self._queue: asyncio.Queue[Message] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
+    def ended(self) -> None:
+        """Nothing can follow: the connection has ended.  In any thread."""
+        self._put(CONNECTION_ENDED)
+
+    def _put(self, message: Message) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
+
     def told(self, _: Any, __: Any, event: str, seconds: int, us: int, text: str, ___: Any) -> None:
         """libvirt's callback, in its event thread."""
         message = {
@@ -40,8 +50,7 @@ class LibvirtListener:
             "data": json.loads(text) if text else {},
             "timestamp": {"seconds": seconds, "microseconds": us},
         }
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
+        self._put(message)
 
     async def wait(
         self,
@@ -50,12 +59,20 @@ class LibvirtListener:
     ) -> Message:
         """The next event that fits; earlier ones are dropped.
 
-        Raises: QmpError when ``timeout`` seconds have passed.
+        Raises: LibvirtError when the connection ends; QmpError when ``timeout`` seconds have
+        passed.
         """
         try:
             async with asyncio.timeout(timeout):
                 while True:
                     event = await self._queue.get()
+                    if event is CONNECTION_ENDED:
+                        self._queue.put_nowait(CONNECTION_ENDED)
+                        raise LibvirtError(
+                            "libvirt's daemon has gone, or does not answer any more",
+                            hint="is libvirtd (or virtqemud) running? virsh domstate says what "
+                            "the guest does",
+                        )
                     if predicate is None or predicate(event):
                         return event
         except TimeoutError as error:
@@ -187,7 +204,8 @@ class LibvirtMonitor(Monitor):
                         handle, self.domain, name, listener.told, None, 0
                     )
                 )
-            yield listener
+            with self.connection.telling_end(listener.ended):
+                yield listener
         except libvirt.libvirtError as error:
             raise error_of(error, "cannot subscribe to QEMU's events") from error
         finally:

@@ -35,25 +35,20 @@ async def watch_migrations(uri: str, name: str, passes: int) -> int:
         async with connection.events(domain, "MIGRATION_ITERATION", "LIFECYCLE") as events:
             loop = asyncio.get_running_loop()
 
-            def closed(*_: Any) -> None:
+            def closed() -> None:
                 loop.call_soon_threadsafe(events.put_nowait, ("closed", ()))
 
-            await connection.call(
-                "cannot watch the connection",
-                connection.handle.registerCloseCallback,
-                closed,
-                None,
-            )
-            while await _is_active(connection, domain):
-                kind, details = await events.get()
-                if kind == "closed":
-                    log.warning("libvirt's daemon has gone: %s is not watched any more", name)
-                    break
-                if kind == "LIFECYCLE" and details[0] == libvirt.VIR_DOMAIN_EVENT_STOPPED:
-                    break
-                # A pass is told of when it begins.
-                if kind == "MIGRATION_ITERATION" and details[0] > passes:
-                    switched += await _switch(connection, domain, name)
+            with connection.telling_end(closed):
+                while await _is_active(connection, domain):
+                    kind, details = await events.get()
+                    if kind == "closed":
+                        log.warning("libvirt's daemon has gone: %s is not watched any more", name)
+                        break
+                    if kind == "LIFECYCLE" and details[0] == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+                        break
+                    # A pass is told of when it begins.
+                    if kind == "MIGRATION_ITERATION" and details[0] > passes:
+                        switched += await _switch(connection, domain, name)
     return switched
 
 

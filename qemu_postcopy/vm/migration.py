@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
-from qemu_postcopy.errors import MismatchError, QmpError, StateError
+from qemu_postcopy.errors import MismatchError, PostcopyError, QmpError, StateError
 from qemu_postcopy.vm.gate import Gate
 from qemu_postcopy.vm.monitor import CommandError, EventListener, Message, Monitor
 from qemu_postcopy.vm.opening import Question
@@ -34,6 +35,8 @@ FORMAT_CAPABILITIES = (
     "rdma-pin-all",
     "block",
 )
+#: What else is changed meanwhile.
+PARAMETERS = ("max-bandwidth", "downtime-limit")
 #: Faster than any disk; QEMU takes any size_t.
 NO_BANDWIDTH_LIMIT = 1 << 40
 #: QEMU's own upper bound of downtime-limit: 2000 seconds.
@@ -246,7 +249,7 @@ def _plainest(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 async def _abandon(qmp: Monitor) -> None:
     """Cancels the migration and waits until QEMU is out of it, so that the guest runs on."""
-    with suppress(QmpError):
+    with suppress(PostcopyError):
         await qmp.execute("migrate_cancel", timeout=10)
         await settled(qmp)
 
@@ -261,6 +264,35 @@ async def settled(qmp: Monitor) -> None:
             # Without the capability there are no events: ask again after a while.
             with suppress(QmpError):
                 await listener.wait(timeout=0.2)
+
+
+async def settings_of(qmp: Monitor) -> dict[str, dict[str, Any]]:
+    """What :func:`save` changes and puts back, for somebody else to put it back."""
+    capabilities = await qmp.execute("query-migrate-capabilities")
+    parameters = await qmp.execute("query-migrate-parameters")
+    changed = ("events", *FORMAT_CAPABILITIES)
+    return {
+        "capabilities": {
+            entry["capability"]: entry["state"]
+            for entry in capabilities
+            if entry["capability"] in changed
+        },
+        "parameters": {name: parameters[name] for name in PARAMETERS if name in parameters},
+    }
+
+
+async def put_back(qmp: Monitor, settings: Mapping[str, Any]) -> None:
+    """Makes the settings what :func:`settings_of` has found, where they are not."""
+    now = await settings_of(qmp)
+    entries = [
+        {"capability": name, "state": state}
+        for name, state in settings["capabilities"].items()
+        if now["capabilities"].get(name) != state
+    ]
+    if entries:
+        await qmp.execute("migrate-set-capabilities", {"capabilities": entries})
+    if now["parameters"] != settings["parameters"]:
+        await qmp.execute("migrate-set-parameters", settings["parameters"])
 
 
 async def _error_of(qmp: Monitor) -> str:

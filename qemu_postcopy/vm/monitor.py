@@ -8,13 +8,16 @@ here.  Runs in the event loop of its caller; no answer is trusted further than i
 from __future__ import annotations
 
 import contextlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from qemu_postcopy.errors import QmpError
+from qemu_postcopy.errors import PostcopyError, QmpError
+
+log = logging.getLogger(__name__)
 
 #: One message of QEMU's, as JSON gives it.
 Message = Mapping[str, Any]
@@ -51,7 +54,8 @@ class EventListener(Protocol):
     ) -> Message:
         """The next event that fits; earlier ones are dropped.
 
-        Raises: QmpError when the connection ends or ``timeout`` seconds have passed.
+        Raises: QmpError when ``timeout`` seconds have passed; it, or LibvirtError, when the
+        connection ends.
         """
 
 
@@ -165,11 +169,10 @@ class Monitor(ABC):
         }
         names = {name.replace("_", "-"): state for name, state in wanted.items()}
         changed = {name: state for name, state in names.items() if now.get(name) != state}
+        before = {name: now[name] for name in changed}
         await self._set_capabilities(changed)
-        try:
+        async with _afterwards(lambda: self._set_capabilities(before)):
             yield
-        finally:
-            await self._set_capabilities({name: now[name] for name in changed})
 
     async def _set_capabilities(self, states: Mapping[str, bool]) -> None:
         if states:
@@ -185,14 +188,28 @@ class Monitor(ABC):
         now = await self.execute("query-migrate-parameters")
         names = {name.replace("_", "-"): value for name, value in wanted.items()}
         changed = {name: value for name, value in names.items() if now.get(name) != value}
-        if changed:
-            await self.execute("migrate-set-parameters", changed)
-        try:
+        before = {name: now[name] for name in changed if name in now}
+        await self._set_parameters(changed)
+        async with _afterwards(lambda: self._set_parameters(before)):
             yield
-        finally:
-            before = {name: now[name] for name in changed if name in now}
-            if before:
-                await self.execute("migrate-set-parameters", before)
+
+    async def _set_parameters(self, values: Mapping[str, Any]) -> None:
+        if values:
+            await self.execute("migrate-set-parameters", values)
+
+
+@contextlib.asynccontextmanager
+async def _afterwards(put_back: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Puts something back at the end; whatever went wrong before is the error that is raised."""
+    try:
+        yield
+    except BaseException:
+        try:
+            await put_back()
+        except PostcopyError as error:
+            log.info("migration settings were not put back: %s", error.message)
+        raise
+    await put_back()
 
 
 async def connect(address: str, timeout: float) -> Monitor:

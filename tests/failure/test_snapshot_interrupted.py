@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
-import select
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -14,16 +12,13 @@ from pathlib import Path
 
 import pytest
 from vm.guests import PATIENCE, Guest, Lab, cli, cli_command, ends_within, send, wait_until
+from vm.stream_pipe import open_stream_of, read_what_is_there
 
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.vm.process import ProcessIdentity
 from qemu_postcopy.vm.qmp import Listener, Qmp
 
 pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
-
-#: From linux/fcntl.h; the tool makes the pipe of the stream as large as it may be.
-F_GETPIPE_SZ = 1032
-STREAM_PIPE_BYTES = 1 << 20
 
 
 class Witness:
@@ -157,26 +152,6 @@ def test_killed_after_the_stream_and_before_the_guest_was_let_run(witness: Witne
 
     asyncio.run(run())
     check_unharmed(witness)
-
-
-def open_stream_of(pid: int) -> int:
-    """The reading end of the migration's pipe, opened anew through /proc."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        if not os.readlink(entry).startswith("pipe:"):  # noqa: PTH115  no path behind it
-            continue
-        flags = (Path(f"/proc/{pid}/fdinfo") / entry.name).read_text()
-        if int(flags.split("flags:")[1].split()[0], 8) & os.O_ACCMODE != os.O_RDONLY:
-            continue
-        descriptor = os.open(entry, os.O_RDONLY | os.O_NONBLOCK)
-        if fcntl.fcntl(descriptor, F_GETPIPE_SZ) == STREAM_PIPE_BYTES:
-            return descriptor
-        os.close(descriptor)
-    raise AssertionError(f"process {pid} has no pipe of that size")
-
-
-def read_what_is_there(descriptor: int) -> None:
-    if select.select([descriptor], [], [], 0.05)[0]:
-        os.read(descriptor, STREAM_PIPE_BYTES)
 
 
 Moment = Callable[[Listener], Awaitable[object]]
