@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from libvirtd.conftest import STACKS, Hosts
+from libvirtd.conftest import Hosts
 from libvirtd.domains import start_domain
 from vm.guests import PATIENCE
 
@@ -16,7 +16,13 @@ from qemu_postcopy.images.guest_image import GuestImage
 pytestmark = pytest.mark.needs("guest", "root")
 
 
-@pytest.mark.parametrize("stack", [pytest.param(s, marks=pytest.mark.needs(s)) for s in STACKS])
+@pytest.mark.parametrize(
+    "stack",
+    [
+        pytest.param("libvirt", marks=pytest.mark.needs("libvirt")),
+        pytest.param("libvirt11", marks=[pytest.mark.needs("libvirt11"), pytest.mark.soak]),
+    ],
+)
 def test_whole_passes_are_refused_where_they_lose_writes(
     hosts: Hosts, shared_guest: GuestImage, shared_dir: Path, stack: str
 ) -> None:

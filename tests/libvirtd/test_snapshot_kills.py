@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ pytestmark = [pytest.mark.needs("guest", "uffd", "ptrace", "root"), pytest.mark.
 TOOL = (sys.executable, "-m", "qemu_postcopy", "snapshot")
 GUARD = f"{sys.executable}\0-P\0-m\0qemu_postcopy.vm.guard"
 TRIES = 10
+#: How long libvirtd is not there: longer than one try to reach it.
+AWAY_SECONDS = 2.0
 
 
 @dataclass
@@ -138,7 +141,7 @@ def test_the_guest_runs_on_when_libvirtd_is_killed_in_mid_snapshot(
     # libvirtd alone, which comes back: the tool ends and says that the guest runs.
     with stopped_while_sending(host, image) as tool:
         host.stop_daemon("libvirtd", signal.SIGKILL)
-    back = threading.Timer(2.0, host.start_daemon, ("libvirtd",))
+    back = threading.Timer(AWAY_SECONDS, host.start_daemon, ("libvirtd",))
     back.start()
     status, said = tool.end()
     back.join()
@@ -152,6 +155,7 @@ def test_the_guest_runs_on_when_libvirtd_is_killed_in_mid_snapshot(
         read_to_its_end(host, tool)
         send(tool.process, signal.SIGKILL)
     assert tool.end()[0] != 0
+    time.sleep(AWAY_SECONDS)
     assert host.processes(GUARD) != []
     host.start_daemon("libvirtd")
     wait_until(lambda: host.processes(GUARD) == [], "the guard has ended")
