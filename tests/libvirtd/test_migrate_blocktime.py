@@ -22,7 +22,7 @@ pytestmark = pytest.mark.needs("guest", "uffd", "root")
 MONITOR = "qemu/second.monitor"
 COUNT = {"capabilities": [{"capability": "postcopy-blocktime", "state": True}]}
 #: Long enough for what is done in pre-copy, and within its first pass (QEMU 7.2).
-POLICY = ("--switch-after", 4, "--after-passes", 1000, "--no-on-stall")
+POLICY = ("--switch-after", 4, "--after-passes", 1000, "--no-on-stall", "--accept-lost-writes")
 
 
 def ask(host: Host, command: str, arguments: object) -> Any:

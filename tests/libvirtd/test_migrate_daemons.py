@@ -17,6 +17,9 @@ pytestmark = pytest.mark.needs("guest", "uffd", "root")
 
 
 #: What the tool calls the two hosts.
+#: Nothing is switched, or only by something else, within the first pass: there QEMU 7.2, which is
+#: refused whole passes, loses nothing.
+FIRST_PASS = ("--after-passes", 1000, "--no-on-stall", "--accept-lost-writes")
 OTHER_WORD = {"source": "source", "target": "destination"}
 SIDES = [pytest.param("source", marks=pytest.mark.soak), "target"]
 
@@ -44,7 +47,7 @@ def test_a_libvirtd_killed_in_pre_copy_leaves_the_guest_at_the_source_and_is_nam
 ) -> None:
     domain = busy_domain(pair, shared_guest, shared_dir)
     pair.link.limit(4 * MIB)  # the first pass outlasts what is done to it
-    begun = pair.begin("--after-passes", 1000, "--no-on-stall")
+    begun = pair.begin(*FIRST_PASS)
     begun.wait_said("pre-copy, pass 1")
     host = pair.source if side == "source" else pair.target
     host.restart_daemon("libvirtd", signal.SIGKILL)
@@ -63,8 +66,7 @@ def test_a_supervised_migration_starts_over_after_a_libvirtd_was_killed_in_pre_c
 ) -> None:
     domain = busy_domain(pair, shared_guest, shared_dir)
     pair.link.limit(4 * MIB)
-    # Within the first pass, for the sake of QEMU 7.2.
-    begun = pair.begin("--supervise", "--switch-after", 8, "--after-passes", 1000, "--no-on-stall")
+    begun = pair.begin("--supervise", "--switch-after", 8, *FIRST_PASS)
     begun.wait_said("pre-copy, pass 1")
     host = pair.source if side == "source" else pair.target
     host.restart_daemon("libvirtd", signal.SIGKILL)

@@ -47,8 +47,9 @@ def test_a_destination_by_ssh_works_and_a_missing_key_is_named(
             assert "Permission denied (" in said
             assert "as the user who runs the command" in said and trial in said
         # The user who runs it has a key, and the daemon, which moves the guest, has none.
-        tool = (sys.executable, "-m", "qemu_postcopy", "migrate", "guest", shell.uri)
-        said = pair.source.run(*shell.with_a_key_of_ones_own(), *tool, status=14).stderr
+        tool = (sys.executable, "-m", "qemu_postcopy", "migrate", "--after-passes", 0)
+        own = (*shell.with_a_key_of_ones_own(), *tool)
+        said = pair.source.run(*own, "guest", shell.uri, status=14).stderr
         assert "Permission denied (" in said
         assert "as root at its host" in said and trial in said, said
     finally:
@@ -77,7 +78,9 @@ def test_direct_needs_no_way_from_daemon_to_daemon_and_dies_with_the_command_in_
     tool = (sys.executable, "-m", "qemu_postcopy", "migrate", "--direct")
     try:
         pair.link.limit(MIB)
-        command = pair.source.command(*own, *tool, "--after-passes", 1000, "guest", shell.uri)
+        # It does not come to a second pass, in which QEMU 7.2 would lose writes.
+        policy = ("--after-passes", 1000, "--accept-lost-writes")
+        command = pair.source.command(*own, *tool, *policy, "guest", shell.uri)
         begun = Begun(pair.source, command)
         begun.wait_said("pre-copy, pass 1")
         begun.signal(signal.SIGKILL)
