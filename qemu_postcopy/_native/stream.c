@@ -16,6 +16,8 @@
 
 #define BUFFER_BYTES (1u << 20)
 #define PEEK_BYTES_MAX 1024u
+/* Read at first after a seek: who goes over a file by seeks wants little at each place. */
+#define SEEK_READ_BYTES 4096u
 #define PIPE_BYTES (1 << 20)
 #define IOVECS_MAX 1024u
 #define RECORDS_BYTES (256u << 10)
@@ -46,6 +48,7 @@ struct qpc_stream {
     size_t begin; /* unread bytes of buffer */
     size_t end;
     uint64_t end_offset; /* in the stream, of buffer + end */
+    size_t read_limit;   /* of the next read; doubled by each */
     uint32_t page_size;
     struct block *blocks[QPC_BLOCKS_MAX];
     uint32_t block_count;
@@ -90,6 +93,7 @@ struct qpc_stream *qpc_stream_create(int fd, uint64_t offset, struct qpc_error *
     }
     stream->fd = fd;
     stream->end_offset = offset;
+    stream->read_limit = BUFFER_BYTES;
     atomic_store_explicit(&stream->bytes, offset, memory_order_relaxed);
     stream->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (stream->cancel_fd < 0) {
@@ -236,9 +240,12 @@ static ssize_t fill(struct qpc_stream *stream, size_t size, struct qpc_error *er
     stream->begin = 0;
     stream->end = unread;
     while (stream->end < size) {
-        ssize_t got =
-            read_some(stream, stream->buffer + stream->end, BUFFER_BYTES - stream->end, err);
+        size_t room = BUFFER_BYTES - stream->end;
+        ssize_t got = read_some(stream, stream->buffer + stream->end,
+                                room < stream->read_limit ? room : stream->read_limit, err);
 
+        if (stream->read_limit < BUFFER_BYTES)
+            stream->read_limit *= 2;
         if (got < 0)
             return -1;
         if (got == 0)
@@ -317,6 +324,7 @@ int qpc_stream_seek(struct qpc_stream *stream, uint64_t offset, struct qpc_error
                                  (unsigned long long)offset);
         stream->begin = stream->end = 0;
         stream->end_offset = offset;
+        stream->read_limit = SEEK_READ_BYTES;
     }
     publish_offset(stream);
     return 0;
