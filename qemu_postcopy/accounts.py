@@ -54,6 +54,7 @@ class Accounts:
         *,
         asked_for_async: Callable[[], bool | None] = lambda: None,
         async_offered: bool | None = None,
+        put_back: str = "",
     ) -> None:
         self.trace: TraceWriter | None = None
         #: whether QEMU's CPU offers asynchronous page faults, once it was asked
@@ -62,6 +63,7 @@ class Accounts:
         self._pager = pager
         self._blocks = blocks
         self._source = source
+        self._put_back = put_back
         self._origins = Origins(pid, names)
         #: whether QEMU itself has said which threads are its virtual CPUs
         self._asked = bool(names)
@@ -210,7 +212,7 @@ class Accounts:
             if statistics.last_error == errno.ENODATA:
                 reason = "the image's page file was cut short: put its data back"
             elif statistics.last_error == errno.ESTALE:
-                reason = "the save file was written to since it is served"
+                reason = f"{self._source} was written to since it is served: {self._put_back}"
             else:
                 reason = os.strerror(statistics.last_error)
             return (

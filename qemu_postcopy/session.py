@@ -1050,6 +1050,7 @@ class Session:
             threads,
             asked_for_async=self._asked_for_async,
             async_offered=async_offered,
+            put_back=self.image.put_back(),
         )
         # A trace of nothing is not kept; and it is ended after the pager.
         self._cleanup.callback(lambda: accounts.close(discard=self.state is State.FAILED))

@@ -91,6 +91,10 @@ class Image:
         """What the operator knows it by."""
         return self.path
 
+    def put_back(self) -> str:
+        """How page data that was changed by others becomes what it was, in words."""
+        return "put its data back"
+
     def take_lease(self) -> Lease | None:
         """Keeps page data from being written to by others, where it is not ours; the caller's."""
         return None

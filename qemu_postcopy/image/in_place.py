@@ -38,6 +38,13 @@ class InPlaceImage(Image):
         """The operator's file."""
         return Path(self.saved.path)
 
+    def put_back(self) -> str:
+        """Its content by whoever has a copy; the time of its last change as it was."""
+        seconds, nanoseconds = divmod(self.saved.mtime_ns, 10**9)
+        path = self.path / SAVED
+        when = f"touch -d @{seconds}.{nanoseconds:09} {path}"
+        return f"write its content back, if that was changed, and then: {when}"
+
     def take_lease(self) -> Lease | None:
         """On the operator's file; None where pages are read from a private copy of it.
 
@@ -110,8 +117,7 @@ class InPlaceImage(Image):
         ):
             raise ImageError(
                 f"{saved.path} was written to since it is served: pages cannot be read from it",
-                hint="put its content and the time of its last change back, if you have a copy "
-                "(cp -p into the same file); a guest that lacks some waits until then",
+                hint=f"a guest that lacks some waits: {self.put_back()}",
             )
 
 

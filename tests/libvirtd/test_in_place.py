@@ -124,6 +124,17 @@ def test_whoever_overwrites_or_removes_the_file_takes_nothing_from_the_guest(
     end(host, domain)
     assert left_beside(shared_dir) == []
 
+    # Touched: the guest waits until that is made undone, as the trouble says.
+    shutil.copy2(kept, path)
+    served_in_place(host, path)
+    domain.console.wait_more_ticks(2)
+    path.touch()
+    wait_until(lambda: "touch -d" in trouble(host), "it is told why the guest waits")
+    host.run("sh", "-c", "touch -d" + trouble(host).split("touch -d")[1].split(";")[0])
+    domain.console.wait_passes(1)
+    assert trouble(host) == ""
+    end(host, domain)
+
     # Written to while no sidecar lives: the guest waits for the content that it was, and gets it.
     shutil.copy2(kept, path)
     served_in_place(host, path)
@@ -132,12 +143,19 @@ def test_whoever_overwrites_or_removes_the_file_takes_nothing_from_the_guest(
     path.write_bytes(bytes(kept.stat().st_size))
     assert "was written to" in host.tool("recover", "guest", status=4).stderr
     assert domain.state() == "running"
-    path.write_bytes(kept.read_bytes())
+    # Into the same file: it is the one that is served.
+    with path.open("r+b") as file:
+        file.write(kept.read_bytes())
     shutil.copystat(kept, path)
     host.tool("recover", "guest")
     domain.console.wait_passes(1)
     end(host, domain)
     assert (left_beside(shared_dir), run_directories(host)) == ([], [])
+
+
+def trouble(host: Host) -> str:
+    (entry,) = json.loads(host.tool("status", "--json", "guest").stdout)
+    return str(entry["trouble"])
 
 
 def sidecar_log(host: Host) -> str:
