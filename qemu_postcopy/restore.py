@@ -207,7 +207,11 @@ def ending_by_signals(session: Session) -> Iterator[None]:
             task.cancel()
 
     def leave() -> None:
-        if session.has_guest() and session.pager is not None:
+        if session.has_lease():
+            # It would end with this program, and not begin anew before the other is there.
+            log.warning("the save file must not be let go: filling the rest, then detaching")
+            end()
+        elif session.has_guest() and session.pager is not None:
             serve_in_background(session.run)
         else:
             end()

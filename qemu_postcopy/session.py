@@ -674,6 +674,11 @@ class Session:
         """True while there is a guest that depends on this session."""
         return self._unsettled or self.state in GUEST_STATES
 
+    def has_lease(self) -> bool:
+        """Whether page data comes from somebody else's file, which nobody writes to while this
+        process serves."""
+        return self._lease is not None
+
     def has_just_begun(self) -> bool:
         """Whether it was this session that let the guest run."""
         return self._resumed and self.state is State.RUNNING

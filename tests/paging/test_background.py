@@ -68,6 +68,16 @@ def test_it_keeps_to_its_rate(serve: Serve, rate: int) -> None:
         time.sleep(0.01)
 
 
+def test_where_time_is_short_it_fills_between_any_two_faults(serve: Serve) -> None:
+    """Else it waits for a moment without one: a thread that faults all the time keeps it back."""
+    guest = serve(pages=16 * 1024, holes=no_hole, chunk_size=4 * KIB)
+    guest.pager.set_background(True, at_once=True)
+    guest.check_content()
+    guest.wait_complete()
+    statistics = guest.statistics
+    assert statistics.pages_background > statistics.pages_demand
+
+
 def test_a_fault_does_not_wait_for_it(serve: Serve) -> None:
     pages = 32 * 1024
     guest = serve(pages=pages, holes=no_hole, chunk_size=4 * KIB, background=True, start=False)
