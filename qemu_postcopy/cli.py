@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from importlib import import_module
@@ -20,7 +19,12 @@ from typing import Any
 import click
 
 from qemu_postcopy import __version__
-from qemu_postcopy.errors import GuestEndedError, PostcopyError, UsageError
+from qemu_postcopy.errors import (
+    LeftRunningError,
+    OperationCancelledError,
+    PostcopyError,
+    UsageError,
+)
 
 #: Commands that live with what they command: name -> (module, attribute, one line of help).
 ELSEWHERE = {
@@ -324,6 +328,9 @@ def restore(
     without monitor and -incoming). A sidecar process serves the memory and goes when all of it is
     there; until then, leave it alone.
 
+    Ctrl-C: before there is a guest nothing is left of it (exit status 130), later the guest runs on
+    and is served (16). 13: QEMU ended before it had all of its memory.
+
     \b
     Examples:
       qemu-postcopy restore vm.qpc
@@ -432,6 +439,11 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
 
     Args:
         reached_by: how operators reach the guest, in words.
+
+    Raises:
+        OperationCancelledError, LeftRunningError: Ctrl-C; without and with a guest.
+        GuestEndedError: the guest ended before it had all of its memory.
+        PostcopyError: there is no guest, or one that is served on in spite of this.
     """
     from qemu_postcopy.sidecar import process
 
@@ -443,36 +455,44 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
         status = process.serve(job, sys.stderr)
         run.discard_unused()
         sys.exit(status)
-    sidecar = process.spawn(job, run)
-    if rest["supervise"]:
-        from qemu_postcopy.sidecar import supervisor
-
-        supervisor.start(run)
+    sidecar: process.Sidecar | None = None
     reached: dict[str, float] = {}
-    last: dict[str, Any] = {}
-    goal = "end" if rest["wait"] == "complete" else "loaded" if rest["paused"] else "running"
     try:
-        for event in sidecar.events():
-            last = event
-            if event["event"] == "state":
-                reached[event["state"]] = event["elapsed"]
-                if goal in reached:
-                    break
+        with process.interrupts_held():
+            sidecar = process.spawn(job, run)
+        if rest["supervise"]:
+            from qemu_postcopy.sidecar import supervisor
+
+            supervisor.start(run)
+        _wait_and_tell(sidecar, run, rest, reached, reached_by)
     except KeyboardInterrupt:
-        if "loaded" not in reached:
-            # It leads a session of its own, so the terminal's interrupt did not reach it.
-            os.kill(sidecar.pid, signal.SIGTERM)
-            for _ in sidecar.events():
-                pass
+        if sidecar is None:
             raise
-        click.echo(
-            f"{run.name} runs on and is served by PID {sidecar.pid}; see: qemu-postcopy status",
-            err=True,
-        )
-        sys.exit(130)
+        if "loaded" in reached:
+            words = f"{run.name} runs on; PID {sidecar.pid} serves it while memory is missing"
+            raise sidecar.left(words) from None
+        try:
+            sidecar.interrupt(run)
+        except OperationCancelledError:
+            run.discard_unused()
+            raise
     except PostcopyError:
         run.discard_unused()
         raise
+
+
+def _wait_and_tell(
+    sidecar: Any, run: Any, rest: dict[str, Any], reached: dict[str, float], reached_by: str
+) -> None:
+    """Until what is waited for has come; notes in ``reached`` what comes before."""
+    last: dict[str, Any] = {}
+    goal = "end" if rest["wait"] == "complete" else "loaded" if rest["paused"] else "running"
+    for event in sidecar.events():
+        last = event
+        if event["event"] == "state":
+            reached[event["state"]] = event["elapsed"]
+            if goal in reached:
+                break
     record = run.read_record(missing_ok=True)
     result = {
         "name": run.name,
@@ -486,9 +506,7 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
         "statistics": last.get("statistics", {}),
         "vcpus": record.vcpus if record and goal == "end" else {},
     }
-    if last.get("state") == "gone":
-        text = f"{run.name} ended while it was served"
-    elif goal == "end":
+    if goal == "end":
         text = f"{run.name} has all of its memory (PID {result['pid']})"
         if result["vcpus"]:
             from qemu_postcopy.status import async_words
@@ -526,7 +544,7 @@ def recover(
 
     Exit status 10: a sidecar lives, or none is needed; or the restore had not come so far as a
     guest, and is to be begun anew (its QEMU was ended; one of somebody else is left as it was
-    found). 13: QEMU has ended.
+    found). 13: QEMU has ended. 16: interrupted, the new sidecar goes on.
 
     \b
     Examples:
@@ -558,36 +576,47 @@ def recover(
         sys.exit(process.serve(process.recovering(runs[0]), sys.stderr))
     results = []
     for run in runs:
-        began = time.monotonic()
-        sidecar = process.spawn(process.recovering(run), run)
         try:
-            served = 0.0
-            for event in sidecar.events():
-                if event.get("state") == "serving":
-                    served = time.monotonic() - began
-                if event.get("state") == "gone":
-                    raise GuestEndedError(
-                        f"QEMU of {run.name} has ended",
-                        hint="restore its image again, if it was not to end",
-                        vm=run.name,
-                    )
-                if event.get("state") == "running":
-                    break
+            results.append(_taken_over(run, supervise))
         except PostcopyError as error:
+            if isinstance(error, LeftRunningError):
+                raise
             click.echo(f"{run.name}: {error.message}", err=True)
             failed = error
-            continue
-        if supervise:
-            supervisor.start(run)
-        results.append(
-            {"name": run.name, "sidecar_pid": sidecar.pid, "seconds": {"serving": served}}
-        )
     lines = [
         f"{result['name']} is served again, by PID {result['sidecar_pid']}" for result in results
     ]
     _show(results, as_json, "\n".join(lines) or "no guest waits for a sidecar")
     if failed is not None:
         raise failed
+
+
+def _taken_over(run: Any, supervised: bool) -> dict[str, Any]:
+    """Returns when another sidecar serves it, with what `recover --json` says of that.
+
+    Raises:
+        LeftRunningError: Ctrl-C; that sidecar goes on.
+    """
+    from qemu_postcopy.sidecar import process, supervisor
+
+    began = time.monotonic()
+    served = 0.0
+    sidecar: process.Sidecar | None = None
+    try:
+        with process.interrupts_held():
+            sidecar = process.spawn(process.recovering(run), run)
+        for event in sidecar.events():
+            if event.get("state") == "serving":
+                served = time.monotonic() - began
+            if event.get("state") == "running":
+                break
+        if supervised:
+            supervisor.start(run)
+    except KeyboardInterrupt:
+        if sidecar is None:
+            raise
+        raise sidecar.left(f"{run.name} is taken over by PID {sidecar.pid}") from None
+    return {"name": run.name, "sidecar_pid": sidecar.pid, "seconds": {"serving": served}}
 
 
 @commands.command()
@@ -597,7 +626,8 @@ def supervise(name: str) -> None:
 
     Whenever the sidecar dies, another takes over, as by `recover`. Where that fails it is tried
     again after 0.1 s to 30 s, and `status` says why. Stays in the foreground; returns when the
-    guest has all of its memory, or has ended. To stop it harms nobody: the sidecar serves on.
+    guest has all of its memory, or has ended. To stop it (Ctrl-C: exit status 16) harms
+    nobody: the sidecar serves on.
 
     `restore --supervise` starts the same in the background. For systemd there is a unit:
     share/qemu-postcopy/qemu-postcopy-supervise@.service where the package is installed.
@@ -610,7 +640,14 @@ def supervise(name: str) -> None:
     from qemu_postcopy.sidecar import supervisor
     from qemu_postcopy.sidecar.rundir import RunDirectory
 
-    supervisor.supervise(RunDirectory.find(name), lambda text: click.echo(text, err=True))
+    run = RunDirectory.find(name)
+    try:
+        supervisor.supervise(run, lambda text: click.echo(text, err=True))
+    except KeyboardInterrupt:
+        raise LeftRunningError(
+            f"interrupted: nobody watches over the sidecar of {run.name} any more",
+            hint="it serves on; see: qemu-postcopy status",
+        ) from None
 
 
 @commands.command()

@@ -233,6 +233,13 @@ class OperationCancelledError(PostcopyError):
     retryable = True
 
 
+class LeftRunningError(PostcopyError):
+    """The caller was interrupted, and what it had begun goes on without it: a guest runs and is
+    served, or a migration is under way.  Nothing is to be started a second time."""
+
+    exit_code = 16
+
+
 class MigrationInterruptedError(PostcopyError):
     """A post-copy migration is interrupted: the guest waits at the destination, nothing is lost."""
 

@@ -107,7 +107,7 @@ async def recover(
                 raise
             except TargetGoneError as error:
                 run.update_record(state=str(State.GONE))
-                raise GuestEndedError("QEMU has ended", vm=run.name) from error
+                raise _ended(run, record) from error
             except Exception as error:
                 if not session.has_guest() or session.state is State.NEW:
                     raise
@@ -185,7 +185,7 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
         record = replace(record, pid=owner_of(run.qmp_socket), start_time=0)
     if not run.guest_alive(record):
         run.update_record(state=str(State.GONE))
-        raise GuestEndedError(f"QEMU of {run.name} (PID {record.pid}) has ended", vm=run.name)
+        raise _ended(run, record)
     if record.attached_by == "handshake":
         return
     if record.state in BEFORE_SERVING:
@@ -196,6 +196,14 @@ def _require_recoverable(run: RunDirectory, record: SessionRecord) -> None:
             + ("; its QEMU was ended" if record.owned else ""),
             hint="nothing is lost: restore it again",
         )
+
+
+def _ended(run: RunDirectory, record: SessionRecord) -> GuestEndedError:
+    return GuestEndedError(
+        f"QEMU of {run.name} (PID {record.pid}) has ended",
+        hint="restore its image again, if it was not to end",
+        vm=run.name,
+    )
 
 
 def owner_of(monitor: Path) -> int:

@@ -185,7 +185,11 @@ async def serve_on(session: Session, error: Exception, mapper: str = "QEMU") -> 
     session.tell_failure(error)
     session.start_background()
     await session.wait_gone()
-    raise GuestEndedError(f"{mapper} has ended", vm=session.run.name) from None
+    raise GuestEndedError(
+        f"{session.run.name} ended while it was served: {mapper} has ended",
+        hint="restore its image again, if it was not to end",
+        vm=session.run.name,
+    ) from None
 
 
 @contextmanager

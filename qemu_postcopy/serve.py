@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -108,6 +107,7 @@ async def serve(
         handshake = await take_handshake(
             options.handshake, memory, options.uid, options.accept_seconds, told
         )
+        ending.there_is_a_vmm()
         session = HandoverSession(memory, handshake.regions, run, options.session, listener)
         async with _serving(session, ending):
             session.take(handshake)
@@ -177,7 +177,7 @@ async def _serving(session: HandoverSession, ending: _Ending) -> AsyncIterator[N
     control = ControlServer(session.run.control_socket, handlers(session))
     try:
         yield
-        ending.session = session
+        ending.serves(session)
         await _serve_on(session, control, ending.asked)
     finally:
         await control.close()
@@ -194,7 +194,11 @@ async def _serve_on(
         session.start_background()
         await session.wait_complete()
     except GuestEndedError as error:
-        raise GuestEndedError("the VMM ended while it was served", vm=error.vm) from None
+        raise GuestEndedError(
+            f"the VMM of {session.run.name} ended while it was served",
+            hint="resume its snapshot again, if it was not to end",
+            vm=error.vm,
+        ) from None
     except Exception as error:  # noqa: BLE001  it is logged there, and the guest must be served
         await serve_on(session, error, "the VMM")
     if session.options.stay:
@@ -218,8 +222,18 @@ class _Ending:
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
-        #: once there is a guest
-        self.session: HandoverSession | None = None
+        self._vmm = False
+        self._session: HandoverSession | None = None
+
+    def there_is_a_vmm(self) -> None:
+        """From now on somebody depends on being served, and the work is not ended before that."""
+        self._vmm = True
+
+    def serves(self, session: HandoverSession) -> None:
+        """It can be filled at full speed; it is at once if that was asked for in between."""
+        self._vmm, self._session = True, session
+        if self.asked.is_set():
+            session.fill_at_full_speed()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -229,12 +243,13 @@ class _Ending:
         assert task is not None
 
         def end() -> None:
-            if self.session is None:
+            if not self._vmm:
                 task.cancel()
-            else:
-                log.warning("asked to end: filling the rest, then leaving")
-                self.session.fill_at_full_speed()
-                self.asked.set()
+                return
+            log.warning("asked to end: filling the rest, then leaving")
+            if self._session is not None:
+                self._session.fill_at_full_speed()
+            self.asked.set()
 
         numbers = (signal.SIGTERM, signal.SIGINT)
         with suppress(ValueError, RuntimeError):  # not in the main thread: signals are the caller's
@@ -322,7 +337,8 @@ def serve_command(
     Returns as soon as a VMM can connect to SOCKET; a server in the background waits there for one
     that speaks Firecracker's handshake, serves it from IMAGE, and ends with it (or, with --detach,
     when all of its memory is there). `status`, `fill`, `recover` and `supervise` work for it as for
-    a restored guest: if the server dies the VMM's guest waits, and another takes over.
+    a restored guest: if the server dies the VMM's guest waits, and another takes over. Interrupted
+    with Ctrl-C the server goes on (exit status 16), if it listens already.
 
     SOCKET must be inside the VMM's jail, where it has one.
 
@@ -355,16 +371,29 @@ def serve_command(
         click.echo(json.dumps({"event": event, **details}) if as_json else text or event)
 
     run = RunDirectory.create(options.run_name())
+    sidecar: process.Sidecar | None = None
     try:
         if foreground:
             if supervise:
                 supervisor.start(run)
             _in_foreground(options, run, say)
-        else:
+            return
+        with process.interrupts_held():
             sidecar = process.spawn(serving(options, run), run)
-            if supervise:
-                supervisor.start(run)
-            _follow(sidecar, wait, say, options, run)
+        if supervise:
+            supervisor.start(run)
+        _follow(sidecar, wait, say, options, run)
+    except KeyboardInterrupt:
+        if sidecar is None:
+            run.discard_unused()
+            raise
+        if run.read_record(missing_ok=True) is not None:
+            raise sidecar.left(f"PID {sidecar.pid} serves on as {run.name}") from None
+        try:
+            sidecar.interrupt(run)
+        except OperationCancelledError:
+            run.discard_unused()
+            raise
     except BaseException:
         run.discard_unused()
         raise
@@ -396,8 +425,6 @@ def _in_foreground(options: ServeOptions, run: RunDirectory, say: Callable[..., 
         )
     except asyncio.CancelledError:
         raise OperationCancelledError("interrupted before a VMM was served") from None
-    except GuestEndedError:
-        pass  # told as a state; no error where the guest was shut down
 
 
 def _follow(
@@ -408,30 +435,20 @@ def _follow(
     run: RunDirectory,
 ) -> None:
     """Until what is waited for has come."""
-    try:
-        for event in sidecar.events():
-            state = event.get("state", "")
-            if event["event"] != "state":
-                continue
-            if state == LISTENING:
-                say(
-                    state,
-                    f"{run.name}: a VMM can connect to {options.handshake} (PID {sidecar.pid})",
-                    socket=str(options.handshake),
-                    run_directory=str(run.path),
-                    name=run.name,
-                    sidecar_pid=sidecar.pid,
-                )
-            else:
-                say(state, elapsed=event["elapsed"])
-            if state == goal:
-                return
-    except KeyboardInterrupt:
-        # It leads a session of its own, so the terminal's interrupt did not reach it.
-        if run.read_record(missing_ok=True) is None:
-            os.kill(sidecar.pid, signal.SIGTERM)
-            raise
-        click.echo(
-            f"{run.name} is served on by PID {sidecar.pid}; see: qemu-postcopy status", err=True
-        )
-        sys.exit(130)
+    for event in sidecar.events():
+        state = event.get("state", "")
+        if event["event"] != "state":
+            continue
+        if state == LISTENING:
+            say(
+                state,
+                f"{run.name}: a VMM can connect to {options.handshake} (PID {sidecar.pid})",
+                socket=str(options.handshake),
+                run_directory=str(run.path),
+                name=run.name,
+                sidecar_pid=sidecar.pid,
+            )
+        else:
+            say(state, elapsed=event["elapsed"])
+        if state == goal:
+            return

@@ -721,7 +721,7 @@ class Session:
         """Serves until every page with data is present, or QEMU has ended.
 
         Raises:
-            GuestEndedError: QEMU ended first.  That is no error where the guest was shut down.
+            GuestEndedError: QEMU ended first, which may be what its operator wanted.
         """
         from qemu_postcopy.paging.pager import PagerState
 
@@ -753,7 +753,11 @@ class Session:
                     await self.wait_gone()
                 if not self.identity.is_alive():
                     self._enter(State.GONE)
-                    raise GuestEndedError("QEMU has ended", vm=self.identity.pid)
+                    raise GuestEndedError(
+                        f"{self.run.name} ended while it was served: QEMU has ended",
+                        hint="restore its image again, if it was not to end",
+                        vm=self.identity.pid,
+                    )
                 if state is PagerState.COMPLETE:
                     break
                 told.clear()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from qemu_postcopy.errors import (
     GuestEndedError,
+    LeftRunningError,
     LibvirtError,
     MigrationInterruptedError,
     MismatchError,
@@ -168,6 +169,7 @@ class Drive:
 
         Raises:
             OperationCancelledError: it was aborted; the guest runs at the source.
+            LeftRunningError: it was only watched, and goes on.
             MigrationInterruptedError: post-copy is interrupted and nobody is to recover it.
             PostcopyError: the migration failed; the guest runs at the source.
         """
@@ -348,7 +350,7 @@ class Drive:
 
     async def _abort(self) -> None:
         if self.options.begin != "start":
-            raise OperationCancelledError(
+            raise LeftRunningError(
                 f"no longer watching; the migration of {self._domain} goes on",
                 hint=f"virsh domjobabort {self._domain} aborts it",
             )
@@ -384,7 +386,7 @@ class Drive:
             return
         self._cancel = False
         if self.options.begin == "watch" and not self.options.supervise:
-            raise OperationCancelledError(
+            raise LeftRunningError(
                 f"no longer watching; the migration of {self._domain} goes on",
                 hint="qemu-postcopy migrate --watch looks at it again",
             )

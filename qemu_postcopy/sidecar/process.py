@@ -11,21 +11,26 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from qemu_postcopy import errors
 from qemu_postcopy.restore import RestoreOptions, describe, restore
-from qemu_postcopy.session import Session, StateChange
+from qemu_postcopy.session import GUEST_STATES, Session, State, StateChange
 from qemu_postcopy.sidecar.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from qemu_postcopy.libvirt.restore import LibvirtRestoreOptions, Saved
 
 log = logging.getLogger(__name__)
+
+
+#: States that a sidecar reports of a guest that is not taken back any more.
+LEFT = (*GUEST_STATES, State.DETACHED)
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Sidecar:
 
         Raises:
             PostcopyError: what made the restore fail, as the sidecar raised it.
+            GuestEndedError: QEMU ended before it had all of its memory.
             SidecarError: it died without a word.
         """
         ended = False
@@ -54,6 +60,31 @@ class Sidecar:
                 f"the sidecar (PID {self.pid}) died",
                 hint="its log in the run directory may say why",
             )
+
+    def interrupt(self, run: RunDirectory) -> NoReturn:
+        """Has it take back what it has begun, if there is no guest yet, and tells what came of it.
+
+        Raises:
+            OperationCancelledError: nothing is left of it.
+            LeftRunningError: there is a guest; it is filled at full speed, then left.
+            PostcopyError: it failed or ended meanwhile, as :meth:`events` has it.
+        """
+        # It leads a session of its own, so the terminal's interrupt did not reach it.
+        os.kill(self.pid, signal.SIGTERM)
+        try:
+            for event in self.events():
+                if event.get("state") in LEFT:
+                    raise self.left(f"{run.name} runs on and is filled by PID {self.pid}")
+        except KeyboardInterrupt:
+            raise self.left(f"{run.name} is still being ended by PID {self.pid}") from None
+        except errors.SidecarError:
+            if run.read_record(missing_ok=True) is not None:
+                raise
+        raise errors.OperationCancelledError("interrupted", hint="nothing had begun") from None
+
+    def left(self, what: str) -> errors.LeftRunningError:
+        """What a command raises that is interrupted while this goes on."""
+        return errors.LeftRunningError(f"interrupted: {what}", hint="see: qemu-postcopy status")
 
 
 def _error_from(event: dict[str, Any]) -> errors.PostcopyError:
@@ -90,6 +121,16 @@ def recovering(run: RunDirectory) -> Job:
     return lambda listener: recover(run, listener, drop_rights=True)
 
 
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C counts at the end of the block, when it is known which sidecar was started."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def spawn(job: Job, run: RunDirectory) -> Sidecar:
     """Forks the sidecar.  Only for a process with a single thread, and no event loop running.
 
@@ -103,6 +144,7 @@ def spawn(job: Job, run: RunDirectory) -> Sidecar:
         return Sidecar(pid, os.fdopen(read_end))
     status = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see interrupts_held
         os.close(read_end)
         os.setsid()
         null = os.open("/dev/null", os.O_RDWR)
@@ -141,14 +183,14 @@ def serve(job: Job, reports: IO[str]) -> int:
         session = asyncio.run(job(changed))
     except errors.GuestEndedError as error:
         log.warning("%s", error.message)
-        report("end", state="gone")
-        return 0
+        tell(error)
+        return error.exit_code
     except errors.PostcopyError as error:
         log.error("%s", error)
         tell(error)
         return error.exit_code
     except asyncio.CancelledError:
-        interrupted = errors.OperationCancelledError("interrupted before there was a guest")
+        interrupted = errors.OperationCancelledError("interrupted before a guest was served")
         tell(interrupted)
         return interrupted.exit_code
     except OSError as error:

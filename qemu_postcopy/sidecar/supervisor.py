@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from qemu_postcopy.errors import PostcopyError
+from qemu_postcopy.errors import GuestEndedError, PostcopyError
 from qemu_postcopy.recover import needs_sidecar
 from qemu_postcopy.sidecar.process import recovering, spawn
 from qemu_postcopy.sidecar.rundir import RunDirectory
@@ -65,6 +65,8 @@ def _take_over(run: RunDirectory, said: Callable[[str], None]) -> str:
             if event.get("state") in ("running", "gone"):
                 said(f"{run.name} is served by PID {sidecar.pid}")
                 break
+    except GuestEndedError as error:
+        said(error.message)
     except PostcopyError as error:
         trouble = error.message
         said(f"{run.name} cannot be taken over: {trouble}")

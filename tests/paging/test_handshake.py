@@ -18,9 +18,10 @@ from typing import Any, Self
 
 import pytest
 from paging.handed_over import MIB, PAGE, SECONDS, SIZE_MIB, Vmm
+from paging.mapper_process import wait_until
 
 from qemu_postcopy._native import check, lib, new_error
-from qemu_postcopy.errors import HandshakeError, ImageError
+from qemu_postcopy.errors import GuestEndedError, HandshakeError, ImageError, LeftRunningError
 from qemu_postcopy.image.manifest import Block, Manifest, Provenance, StateFile
 from qemu_postcopy.image.memory_file import MemoryFile
 from qemu_postcopy.region import Region
@@ -39,11 +40,13 @@ REFUSED = 6
 class Server:
     """`qemu-postcopy serve`, its reports read as they come."""
 
-    def __init__(self, directory: Path, image: Path, *options: object) -> None:
+    def __init__(
+        self, directory: Path, image: Path, *options: object, foreground: bool = True
+    ) -> None:
         self.path = directory / "uffd.sock"
         arguments = [
             "serve",
-            "--foreground",
+            *(["--foreground"] if foreground else []),
             "--json",
             "--name",
             "vm",
@@ -58,6 +61,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.run_base = directory / "run"
         self.events: list[str] = []
@@ -70,6 +74,9 @@ class Server:
             assert line, f"ended without {event}: {self.errors()}"
             self.events.append(json.loads(line)["event"])
         return self
+
+    def is_served(self) -> bool:
+        return RunDirectory(self.run_base / "vm").is_served()
 
     def errors(self) -> str:
         assert self.process.stderr is not None
@@ -242,7 +249,29 @@ def test_a_vmm_that_is_killed_ends_its_server(start: Start, resume: Resume) -> N
     vmm = resume(server)
     server.wait_for("running")
     vmm.process.kill()
-    assert server.wait_for("gone").wait() == 0
+    assert server.wait_for("gone").wait() == GuestEndedError.exit_code
+    assert "ended while it was served" in server.errors()
+
+
+@pytest.mark.parametrize("goal", ["running", "complete"])
+def test_ctrl_c_leaves_a_server_that_listens_or_serves_alone_and_says_so(
+    goal: str, run_dir: Path, memory_file: Path, resume: Resume, stack: ExitStack
+) -> None:
+    options = ("--no-background", "--wait", goal)
+    server = Server(run_dir, memory_file, *options, foreground=False)
+    stack.callback(server.close)
+    server.wait_for("listening")
+    vmm = None
+    if goal == "complete":
+        vmm = resume(server)
+        server.wait_for("running")
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait() == LeftRunningError.exit_code
+    assert "serves on as vm" in server.errors()
+    vmm = vmm or resume(server)
+    assert vmm.do("verify") == 0
+    vmm.end()
+    wait_until(lambda: not server.is_served(), "the server has ended", SECONDS)
 
 
 def test_a_vmm_that_dies_in_the_handshake_makes_room_for_another(

@@ -393,6 +393,10 @@ class Lab:
             result["pid"], Path(result["run_directory"]), result["name"], result["sidecar_pid"]
         )
         guest.result = result
+        return self.adopt(guest)
+
+    def adopt(self, guest: Guest) -> Guest:
+        """Has it ended with the others."""
         self._guests.append(guest)
         return guest
 
