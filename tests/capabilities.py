@@ -1,16 +1,20 @@
 """What tests may need of a host, each asked of the host itself; used by conftest.py.
 
 A test says ``@pytest.mark.needs("uffd", "qemu")``. Where something is missing it is skipped with
-the lack named; ``--require=uffd,qemu`` (or ``--require=all``) makes that a failure instead.
+the lack named; ``--require=uffd,qemu`` (or ``--require=all``) makes that a failure instead, and so
+it does every skip that a test decides on while it runs.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import os
 import shutil
 import struct
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -106,14 +110,61 @@ def aarch64_cc() -> str:
 
 
 def checkers() -> str:
-    """What checks the data that is shipped: rules for AppArmor and SELinux, an XML schema."""
-    programs = ("apparmor_parser", "checkmodule", "semodule_package", "xmllint")
+    """What checks the data that is shipped: rules for AppArmor and SELinux, an XML schema, the
+    manual page, the systemd unit."""
+    programs = (
+        *("apparmor_parser", "checkmodule", "semodule_package", "xmllint"),
+        *("man", "systemd-analyze"),
+    )
     lacking = [name for name in programs if not shutil.which(name)]
     return f"no {', '.join(lacking)} on PATH" if lacking else ""
 
 
 def root() -> str:
     return "" if os.geteuid() == 0 else "not root"
+
+
+def restricted() -> str:
+    """Not everybody may page memory here, so that somebody without the right can be tested."""
+    device = Path("/dev/userfaultfd")
+    if device.exists() and device.stat().st_mode & 0o006:
+        return f"{device} is open to everybody"
+    told = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
+    return "" if told == "0" else f"vm.unprivileged_userfaultfd is {told}"
+
+
+def disk() -> str:
+    """Temporary files lie on a disk: no tmpfs, and what is read directly must be aligned."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(bytes(8192))
+        file.flush()
+        try:
+            descriptor = os.open(file.name, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            return f"no O_DIRECT in {tempfile.gettempdir()}: {error.strerror}"
+        try:
+            os.pread(descriptor, 4096, 96)
+        except OSError as error:
+            return "" if error.errno == errno.EINVAL else str(error)
+        finally:
+            os.close(descriptor)
+    return f"the file system of {tempfile.gettempdir()} takes any offset with O_DIRECT"
+
+
+def mount() -> str:
+    """A small disk of a test's own."""
+    done = subprocess.run(
+        ["unshare", "-m", "mount", "-t", "tmpfs", "none", tempfile.gettempdir()],
+        capture_output=True,
+        text=True,
+    )
+    return "" if done.returncode == 0 else f"no tmpfs can be mounted: {done.stderr.strip()}"
+
+
+def thp() -> str:
+    """Transparent huge pages, where they are asked for."""
+    said = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    return "they are switched off: [never]" if "[never]" in said else ""
 
 
 def tap() -> str:
@@ -149,6 +200,10 @@ PROBES: dict[str, Callable[[], str]] = {
         aarch64_cc,
         checkers,
         root,
+        restricted,
+        disk,
+        mount,
+        thp,
         tap,
     ]
 }

@@ -121,17 +121,11 @@ def test_user_without_the_right_to_talk_to_the_monitor(
     still_waits(waiting)
 
 
-def nobody_may_use_userfaultfd() -> None:
-    device = Path("/dev/userfaultfd").stat()
-    if device.st_mode & 0o006 or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
-        pytest.skip("everybody may use userfaultfd on this host")
-
-
+@pytest.mark.needs("restricted")
 def test_user_who_may_only_have_faults_of_user_mode_is_told_before_qemu_is_launched(
     qemu: Path, lab: Lab, snapshots: SharedSnapshots, run_dir: Path
 ) -> None:
     """One with UFFD_USER_MODE_ONLY is open to everybody, and KVM's faults fail with it."""
-    nobody_may_use_userfaultfd()
     own = snapshots.bare(lab, qemu).copy(run_dir / "image")
     open_to_all(run_dir)
 
@@ -153,11 +147,11 @@ def test_user_who_may_only_have_faults_of_user_mode_is_told_before_qemu_is_launc
         assert words in said
 
 
+@pytest.mark.needs("restricted")
 def test_qemu_that_may_not_open_the_device_itself_is_given_it(
     qemu: Path, lab: Lab, snapshots: SharedSnapshots
 ) -> None:
     """QEMU runs as nobody, and the device is root's."""
-    nobody_may_use_userfaultfd()
     snapshot = snapshots.bare(lab, qemu)
     waiting = lab.waiting(snapshot, "-runas", "nobody")
     lab.attach(waiting, snapshot.image, "--wait", "complete")

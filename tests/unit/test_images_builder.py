@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import stat
 from pathlib import Path
 
@@ -124,11 +123,10 @@ def test_a_host_without_apt_is_told_where_to_build(
     assert "Debian or Ubuntu" in caught.value.hint
 
 
+@pytest.mark.needs("guest")
 def test_empty_package_lists_are_told_with_the_command_to_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which("apt-get") is None:
-        pytest.skip("needs apt-get")
     (tmp_path / "lists/partial").mkdir(parents=True)
     (tmp_path / "status").touch()
     configuration = tmp_path / "apt.conf"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def test_every_exit_status_is_described() -> None:
     assert raised <= described
 
 
-@pytest.mark.skipif(not shutil.which("man"), reason="needs man")
+@pytest.mark.needs("checkers")
 def test_man_formats_it_without_a_warning() -> None:
     done = subprocess.run(
         ["man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", str(PAGE)],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from qemu_postcopy import cli
 UNIT = Path(__file__).resolve().parents[2] / "docs" / "qemu-postcopy-supervise@.service"
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.needs("checkers")
 def test_systemd_finds_nothing_wrong_with_it() -> None:
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(UNIT)],

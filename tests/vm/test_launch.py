@@ -229,7 +229,7 @@ def test_daemonize_is_refused(run_dir: Path) -> None:
         launch(["qemu-system-x86_64", "-daemonize"], run_dir)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a directory away")
+@pytest.mark.needs("root")
 def test_run_directory_of_somebody_else_is_refused(run_dir: Path) -> None:
     theirs = run_dir / "theirs"
     theirs.mkdir()

@@ -254,14 +254,8 @@ def test_private_mapping_of_a_file_with_data_is_refused(
     assert memory_file.stat().st_blocks
 
 
+@pytest.mark.needs("disk")
 def test_memory_on_a_disk_file_system_is_refused(start: Start, run_dir: Path) -> None:
-    device = run_dir.stat().st_dev
-    if f" {os.major(device)}:{os.minor(device)} " in "\n".join(
-        line
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if " - tmpfs " in line
-    ):
-        pytest.skip("needs a temporary directory that is not on tmpfs")
     with pytest.raises(AttachError, match="only memory on tmpfs"):
         start(MemoryBackend("file", "m0", 64 * MIB, path=str(run_dir / "ram")))
 
