@@ -18,6 +18,7 @@ from qemu_postcopy.errors import (
     LeftRunningError,
     OperationCancelledError,
     PostcopyError,
+    SidecarError,
 )
 from qemu_postcopy.session import Session, State, StateChange
 from qemu_postcopy.sidecar import process
@@ -102,7 +103,7 @@ def test_a_second_ctrl_c_does_not_claim_that_nothing_is_left(
 
 
 @pytest.mark.parametrize(
-    ("begun", "expected"), [(False, OperationCancelledError), (True, process.errors.SidecarError)]
+    ("begun", "expected"), [(False, OperationCancelledError), (True, SidecarError)]
 )
 def test_a_sidecar_that_dies_of_it_had_begun_nothing_or_says_so(
     run: RunDirectory, begun: bool, expected: type[PostcopyError]
