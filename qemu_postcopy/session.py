@@ -384,7 +384,7 @@ class Session:
         from qemu_postcopy.paging.ledger import Ledger
         from qemu_postcopy.vm.attach import drop_ptrace_rights
         from qemu_postcopy.vm.layout import RamBlock
-        from qemu_postcopy.vm.presence import note_arrived
+        from qemu_postcopy.vm.presence import found_anew, note_arrived
         from qemu_postcopy.vm.process import ProcessIdentity
 
         self._require(State.SERVING)
@@ -398,10 +398,11 @@ class Session:
         self._cleanup.callback(self.identity.close)
         self.launched_ns, self._owned_before = record.launched_ns, record.owned
         self._monitor, self._presumed = record.qmp, record.presumed
-        self._layout = [
+        recorded = [
             RamBlock(**{**block, "file_key": tuple(block["file_key"] or ()) or None})
             for block in record.blocks
         ]
+        self._layout = [found_anew(block, self.identity) for block in recorded]
         self._keep_userfaultfd(self._take_left(self.identity, record))
         self._ledger = Ledger.open(self.run.ledger)
         self._cleanup.callback(self._ledger.close)

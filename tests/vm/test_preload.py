@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -16,12 +17,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vm.guests import MIB, Guest, Lab, SharedSnapshots, Snapshot, cli_command, goes_on_from, refused
+from vm.guests import (
+    MIB,
+    Guest,
+    Lab,
+    SharedSnapshots,
+    Snapshot,
+    cli,
+    cli_command,
+    goes_on_from,
+    refused,
+    send,
+)
+from vm.kills import take_over
 from vm.test_restore_content import KIND_PARAMS
 
 import qemu_postcopy
 from qemu_postcopy.errors import AttachError
 from qemu_postcopy.images.guest_image import GuestImage
+from qemu_postcopy.paging.ledger import FILLING, MISSING, Ledger
 from qemu_postcopy.vm.preload import (
     EXIT_STATUS,
     OPTIONAL_VARIABLE,
@@ -133,6 +147,30 @@ def test_sandboxed_qemu_with_memory_filled_ahead_and_locked_starts_empty(
         guest.console.wait_passes(1)
         assert guest.status()["statistics"]["pages_data_missing"] > 0
         guest.kill()
+
+
+@pytest.mark.needs("qemu", "ptrace")
+def test_guest_whose_sidecar_was_killed_in_the_middle_of_a_fill_is_served_on(
+    qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
+) -> None:
+    """The dead one knew QEMU's memory by a descriptor of its own, which is another file's now."""
+    snapshot = snapshots.checker(lab, guest_image, qemu)
+    options = ["--attach-by", "preload", "--rate", "256K", "--chunk", "4K", snapshot.image]
+    backend = lab.memory("memfd", snapshot.ram_bytes).option()
+    guest, _ = restore(lab, [], *options, *command_with(lab, snapshot, backend))
+    goes_on_from(guest, snapshot)
+    assert guest.sidecar is not None
+    send(guest.sidecar, signal.SIGKILL)
+    guest.wait_sidecar_gone()
+    with Ledger.open(guest.directory / "ledger") as ledger:
+        (block,) = ledger.blocks
+        missing = ledger.pages_in(block.name, MISSING)
+        for page in missing[:: len(missing) // 100]:
+            ledger.mapping[block.offset + page] = FILLING  # as a SIGKILL inside a COPY leaves it
+    take_over(guest)
+    cli("fill", guest.name)
+    guest.console.wait_passes(1)
+    guest.wait_sidecar_gone()
 
 
 @pytest.mark.needs("qemu", "root")
