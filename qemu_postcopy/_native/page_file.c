@@ -138,11 +138,11 @@ static void set_bits(uint8_t *bitmap, uint64_t first, uint64_t end)
         bitmap[first / 8] |= (uint8_t)(1u << (first & 7));
 }
 
-int qpc_page_file_bitmap(int fd, uint64_t offset, uint64_t length, uint64_t page_size,
-                         uint8_t *bitmap, struct qpc_error *err)
+int64_t qpc_page_file_bitmap(int fd, uint64_t offset, uint64_t length, uint64_t page_size,
+                             uint8_t *bitmap, struct qpc_error *err)
 {
     uint64_t pages = length / page_size;
-    uint64_t at = offset, data[2];
+    uint64_t at = offset, reached = 0, count = 0, data[2];
     int more;
 
     memset(bitmap, 0, (pages + 7) / 8);
@@ -150,12 +150,19 @@ int qpc_page_file_bitmap(int fd, uint64_t offset, uint64_t length, uint64_t page
         uint64_t first = (data[0] - offset) / page_size;
         uint64_t end = (data[1] - offset + page_size - 1) / page_size;
 
-        set_bits(bitmap, first, end < pages ? end : pages);
+        end = end < pages ? end : pages;
+        set_bits(bitmap, first, end);
+        /* A page may have the end of one extent and the begin of the next. */
+        first = first > reached ? first : reached;
+        if (end > first) {
+            count += end - first;
+            reached = end;
+        }
         at = data[1];
         if (at == offset + length)
             break;
     }
-    return more < 0 ? -1 : 0;
+    return more < 0 ? -1 : (int64_t)count;
 }
 
 static int is_set(const uint8_t *bitmap, uint64_t page)
@@ -184,7 +191,7 @@ static int choose_bitmap(int fd, uint64_t offset, uint64_t length, uint32_t page
     if (!*made)
         return qpc_error_set(err, QPC_SYSTEM, ENOMEM, "no memory for a page bitmap");
     *bitmap = *made;
-    return qpc_page_file_bitmap(fd, offset, length, page_size, *made, err);
+    return qpc_page_file_bitmap(fd, offset, length, page_size, *made, err) < 0 ? -1 : 0;
 }
 
 /* Up to PART_BYTES of neighbouring pages from page on that have their bit set; in pages. */

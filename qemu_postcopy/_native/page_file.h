@@ -32,10 +32,10 @@ int qpc_page_file_next_data(int fd, uint64_t offset, uint64_t end, uint64_t *ret
 
 /*
  * Sets one bit per page of page_size bytes (least significant first) in bitmap where the page has
- * data. The file must cover the range. Other bits are cleared.
+ * data. The file must cover the range. Other bits are cleared. Returns how many were set.
  */
-int qpc_page_file_bitmap(int fd, uint64_t offset, uint64_t length, uint64_t page_size,
-                         uint8_t *bitmap, struct qpc_error *err);
+int64_t qpc_page_file_bitmap(int fd, uint64_t offset, uint64_t length, uint64_t page_size,
+                             uint8_t *bitmap, struct qpc_error *err);
 
 /*
  * Copies pages that are not zero from one file into a hole of another. bitmap says which source

@@ -210,6 +210,7 @@ def export(
     if path.exists():
         raise UsageError(f"{path} is there already", hint="choose another name, or remove it first")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.qpc-partial")
+    image.check_data()
     try:
         out_fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

@@ -23,7 +23,7 @@ from qemu_postcopy.image.manifest import (
     Manifest,
     parse_manifest,
 )
-from qemu_postcopy.image.page_data import SEGMENT_BYTES, data_bitmap, hash_file, hash_segment
+from qemu_postcopy.image.page_data import SEGMENT_BYTES, counted_bitmap, hash_file, hash_segment
 
 if TYPE_CHECKING:
     from qemu_postcopy.paging.lease import Lease
@@ -110,14 +110,17 @@ class Image:
             bit per page, least significant first: whether it has data, or is known to be zero.
 
         Raises:
-            ImageError: no such block, or the file is not there any more.
+            ImageError: no such block, or the file is not there any more, or has lost data.
         """
         from qemu_postcopy.paging.source import FileSource
 
         descriptor, offset = self.open_block(name)
-        source = FileSource(descriptor)
-        size = self.manifest.block(name).size_bytes
-        return source, offset, data_bitmap(descriptor, offset, size, page_size_bytes)
+        try:
+            bitmap = self.data_bitmap_of(descriptor, offset, name, page_size_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return FileSource(descriptor), offset, bitmap
 
     def open_state(self) -> io.BufferedReader:
         """The stored ``state.bin``, with its changed magic; see ``open_device_state``."""
@@ -140,13 +143,41 @@ class Image:
 
         A clear bit is a hole: a page known to be zero.  Where the file system has no holes, or an
         image was copied without them, all bits are set.
+
+        Raises:
+            ImageError: the file has holes where data must be.
         """
-        block = self.manifest.block(name)
         fd, offset = self.open_block(name)
         try:
-            return data_bitmap(fd, offset, block.size_bytes, block.page_size_bytes)
+            return self.data_bitmap_of(fd, offset, name, self.manifest.block(name).page_size_bytes)
         finally:
             os.close(fd)
+
+    def data_bitmap_of(
+        self, fd: int, offset_bytes: int, name: str, page_size_bytes: int
+    ) -> bytearray:
+        """The same of a block that is opened already, for pages of another size.
+
+        A copy that was interrupted after its space was reserved, or a file with a hole punched into
+        it, has its full length, and the data that it has lost would be taken for zeros.  A sound
+        file has as much as was counted when it was made, or more, since a file system keeps holes
+        in units of its own.
+        """
+        block = self.manifest.block(name)
+        bitmap, found = counted_bitmap(fd, offset_bytes, block.size_bytes, page_size_bytes)
+        if found < block.data_bytes:
+            raise ImageError(
+                f"{self.path / block.file} has lost data of RAM block {name}: {found} bytes are "
+                f"there, and {block.data_bytes} were written",
+                hint=_COPY_AGAIN,
+                block=name,
+            )
+        return bitmap
+
+    def check_data(self) -> None:
+        """ImageError where a page file has holes where data must be; reads no page."""
+        for block in self.manifest.blocks:
+            self.data_bitmap(block.name)
 
     def verify(self, progress: Progress | None = None) -> None:
         """Reads everything and compares all checksums, in two threads.

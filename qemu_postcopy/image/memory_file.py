@@ -47,6 +47,7 @@ class MemoryFile:
         """
         if path.is_dir():
             image = Image.open(path)
+            image.check_data()
             return cls(path, image, [block.size_bytes for block in image.manifest.blocks])
         try:
             status = path.stat()

@@ -29,15 +29,22 @@ def data_bitmap(fd: int, offset_bytes: int, size_bytes: int, page_size_bytes: in
     A clear bit is a hole, so a page known to be zero.  On a file system without holes every bit is
     set.  Moves the descriptor's own offset.
     """
+    return counted_bitmap(fd, offset_bytes, size_bytes, page_size_bytes)[0]
+
+
+def counted_bitmap(
+    fd: int, offset_bytes: int, size_bytes: int, page_size_bytes: int
+) -> tuple[bytearray, int]:
+    """The same, and how many bytes are in the pages whose bit is set."""
     bitmap = bytearray((size_bytes // page_size_bytes + 7) // 8)
     error = new_error()
-    checked(
+    count = checked(
         lib.qpc_page_file_bitmap(
             fd, offset_bytes, size_bytes, page_size_bytes, ffi.from_buffer(bitmap), error
         ),
         error,
     )
-    return bitmap
+    return bitmap, count * page_size_bytes
 
 
 def copy_pages(

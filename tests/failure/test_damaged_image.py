@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,16 @@ from vm.guests import (
     SharedSnapshots,
     cli,
     edit_manifest,
+    goes_on_from,
     refused,
+    send,
     status_of,
     wait_until,
 )
+from vm.kills import take_over
+
+from qemu_postcopy._native import check, lib, new_error
+from qemu_postcopy.images.guest_image import GuestImage
 
 pytestmark = pytest.mark.needs("qemu", "uffd", "ptrace")
 
@@ -128,6 +135,33 @@ def test_damage_is_named_before_or_with_the_end_of_our_own_qemu(
     refused("restore", "--name", "r", bad.image, status=status, words=words)
     restored = lab.restore(good, "--wait", "complete", name="r")
     assert restored.run_state() == "running"
+
+
+@pytest.mark.needs("guest")
+def test_data_that_was_lost_is_missed_though_the_file_is_as_long_as_ever(
+    qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage, run_dir: Path
+) -> None:
+    """As after a copy that was interrupted, or when a hole was punched; at a take-over as well."""
+    good = snapshots.checker(lab, guest_image, qemu)
+    bad = good.copy(run_dir / "bad")
+    guest = lab.restore(bad, "--no-background", "--chunk", "4K")
+    assert guest.sidecar is not None
+    send(guest.sidecar, signal.SIGKILL)
+    guest.wait_sidecar_gone()
+    with page_file(bad.image).open("r+b") as file:
+        error = new_error()
+        begin = os.lseek(file.fileno(), 4 << 20, os.SEEK_DATA)
+        lost = os.pread(file.fileno(), 8 << 20, begin)
+        check(lib.qpc_page_file_punch(file.fileno(), begin, len(lost), error), error)
+        words = ["lost data", "m0", "copy it again"]
+        refused("restore", "--name", "r", bad.image, status=DAMAGED, words=words)
+        refused("recover", guest.name, status=DAMAGED, words=words)
+        assert guest.registered_ranges() > 0, "it waits"
+        os.pwrite(file.fileno(), lost, begin)
+    take_over(guest)
+    goes_on_from(guest, bad)
+    cli("fill", guest.name)
+    guest.wait_sidecar_gone()
 
 
 def test_altered_page_is_found_by_verify(

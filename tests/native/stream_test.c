@@ -377,6 +377,7 @@ static void records_written_are_read_back(void)
     int out = memory_file("", 0, 0);
     static uint8_t a[PAGES * PAGE], b[PAGES * PAGE];
     uint8_t bitmap[PAGES / 8] = { 0 }, copied[PAGES / 8] = { 0 };
+    int64_t count;
     struct qpc_error err = { 0 };
     uint64_t written;
 
@@ -391,7 +392,10 @@ static void records_written_are_read_back(void)
     REQUIRE(feed(target, -1, &written, &err) == 0);
     REQUIRE(pread(source, a, sizeof(a), 0) == sizeof(a));
     REQUIRE(pread(target, b, sizeof(b), 0) == sizeof(b) && memcmp(a, b, sizeof(a)) == 0);
-    REQUIRE(qpc_page_file_bitmap(target, 0, PAGES * PAGE, PAGE, bitmap, &err) == 0);
+    count = qpc_page_file_bitmap(target, 0, PAGES * PAGE, PAGE, bitmap, &err);
+    for (uint32_t page = 0; page < PAGES; page++)
+        count -= bitmap[page / 8] >> page % 8 & 1;
+    REQUIRE(count == 0);
     REQUIRE(!(bitmap[0] & 1)); /* the page of zeros became a hole */
     REQUIRE(qpc_page_file_copy(source, 0, NULL, PAGES * PAGE, PAGE, copy, PAGE, copied, -1, &err)
             == 0);

@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from qemu_postcopy._native import check, lib, new_error
 from qemu_postcopy.errors import HostError, ImageError, UsageError
 from qemu_postcopy.image import page_data
 from qemu_postcopy.image.commands import image_commands
+from qemu_postcopy.image.convert import export
 from qemu_postcopy.image.device_state import open_device_state
 from qemu_postcopy.image.image import Image
+from qemu_postcopy.image.memory_file import MemoryFile
 from qemu_postcopy.image.page_data import SEGMENT_BYTES
 from qemu_postcopy.image.stream import BlockSummary, StreamSummary
 from qemu_postcopy.image.writer import ImageWriter, find_leftovers
@@ -88,6 +92,44 @@ def test_huge_page_of_a_bitmap_has_data_if_any_of_its_part_has(tmp_path: Path) -
     bitmap = made.data_bitmap("m0")
     pages = {page for page in range(RAM >> 21) if bitmap[page // 8] >> page % 8 & 1}
     assert pages == {0, 31, 32, (RAM >> 21) - 1}
+
+
+def punch(path: Path, offset: int, length: int) -> None:
+    with path.open("r+b") as file:
+        error = new_error()
+        check(lib.qpc_page_file_punch(file.fileno(), offset, length, error), error)
+
+
+@pytest.mark.parametrize("page_size", [PAGE, 2 << 20])
+def test_page_file_that_has_lost_data_and_kept_its_size_is_found(
+    image: Image, tmp_path: Path, page_size: int
+) -> None:
+    """Its pages would be known to be zero."""
+    punch(image.path / "ram/m0", 0, SEGMENT_BYTES + (4 << 20))
+    opened = Image.open(image.path)
+    fd, offset = opened.open_block("m0")
+    lost = "ram/m0 has lost data of RAM block m0"
+    with pytest.raises(ImageError, match=lost) if page_size == PAGE else nullcontext():
+        opened.data_bitmap_of(fd, offset, "m0", page_size)
+    punch(image.path / "ram/m0", 0, RAM)
+    with pytest.raises(ImageError, match=lost):
+        opened.data_bitmap_of(fd, offset, "m0", page_size)
+    os.close(fd)
+    with pytest.raises(ImageError, match=lost):
+        MemoryFile.open(image.path)
+    with pytest.raises(ImageError, match=lost):
+        export(opened, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_page_file_with_zeros_stored_or_left_out_has_lost_nothing(
+    image: Image, tmp_path: Path
+) -> None:
+    ram = image.path / "ram/m0"
+    for how in ("never", "always"):
+        subprocess.run(["cp", f"--sparse={how}", ram, tmp_path / "copy"], check=True)
+        (tmp_path / "copy").replace(ram)
+        Image.open(image.path).check_data()
 
 
 # ---- checksums ----
