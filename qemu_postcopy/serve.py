@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qemu_postcopy.cli import size
-from qemu_postcopy.errors import GuestEndedError, OperationCancelledError, PostcopyError
+from qemu_postcopy.errors import GuestEndedError, OperationCancelledError
 from qemu_postcopy.handover import HandoverSession, regions_of
 from qemu_postcopy.image.memory_file import MemoryFile
-from qemu_postcopy.paging.ledger import Ledger
 from qemu_postcopy.restore import handlers, serve_on
 from qemu_postcopy.session import SessionOptions, State, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
@@ -146,7 +145,8 @@ async def serve_again(
     ending = _Ending()
     with ending.on_signals():
         async with _serving(session, ending):
-            if record.state == State.ATTACHED and not _has_ledger(run):
+            # With a ledger a pager may have run, though session.json does not say so.
+            if record.state == State.ATTACHED and not run.ledger.exists():
                 session.take_again(record)
                 session.attach()
                 session.serve()
@@ -154,21 +154,6 @@ async def serve_again(
                 session.take_over(record)
             await session.settle(record)
         return session
-
-
-def _has_ledger(run: RunDirectory) -> bool:
-    """Whether one was begun: then a pager may have run, though session.json does not say so."""
-    try:
-        ledger = Ledger.open(run.ledger)
-    except PostcopyError:
-        return False
-    try:
-        ledger.require_sound()
-    except PostcopyError:
-        return False
-    finally:
-        ledger.close()
-    return True
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ the host.  Only this module knows its layout.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -80,21 +81,29 @@ class Ledger:
     def create(cls, path: Path, blocks: list[LedgerBlock]) -> Self:
         """Makes the file (0600, all pages missing) and maps it.
 
+        It is there under its name only when it is whole: one that is not is damaged, and not one
+        that nobody has served from.
+
         Raises:
             HostError: no space for it; the file is reserved in full, so that it cannot run out
                 of space while faults are served.
+            FileExistsError: there is one.
         """
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         offset = _journal_offset(len(blocks)) + JOURNAL_BYTES
         placed = []
         for block in blocks:
             placed.append(LedgerBlock(block.name, block.page_size, block.length, offset))
             offset = _align(offset + block.page_count)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        unfinished = path.with_name(f"{path.name}.new")
+        unfinished.unlink(missing_ok=True)
+        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, offset)
             mapping = mmap.mmap(descriptor, offset)
         except OSError as error:
-            path.unlink()
+            unfinished.unlink()
             raise HostError(
                 f"no space for the ledger ({offset} bytes) in {path.parent}: {error.strerror}",
                 hint="free some space there, or choose another place by QEMU_POSTCOPY_RUN_DIR",
@@ -111,6 +120,7 @@ class Ledger:
                 block.length,
                 block.offset,
             )
+        unfinished.rename(path)
         return cls(path, mapping, placed)
 
     @classmethod

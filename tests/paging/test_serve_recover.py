@@ -192,13 +192,25 @@ def sockets_of(process: Path) -> str:
     return "\n".join(line for line in lines if int(line.split()[6]) in inodes)
 
 
+#: Where a server is killed that knows all and has answered nothing.
+BEFORE_IT_SERVES = {
+    "before the ledger": "handover.HandoverSession.serve = lambda s: kill()",
+    "in the ledger": "ledger.HEADER = types.SimpleNamespace(pack_into=kill, size=16)",
+    "after the ledger": "session.Session._make_pager = kill",
+}
+
+
+@pytest.mark.parametrize("where", BEFORE_IT_SERVES)
 def test_a_server_that_died_before_it_served_is_replaced(
-    serve_vmm: Serve, run_dir: Path, memory_file: Path, vmm_binary: Path
+    where: str, serve_vmm: Serve, run_dir: Path, memory_file: Path, vmm_binary: Path
 ) -> None:
-    """It is killed when it knows all and has answered nothing: the VMM waits from the first."""
+    """The VMM waits from the first."""
     stopping = (
-        "import os, signal; from qemu_postcopy import cli, handover;"
-        "handover.HandoverSession.serve = lambda s: os.kill(os.getpid(), signal.SIGKILL);"
+        "import os, signal, types\n"
+        "from qemu_postcopy import cli, handover, session\n"
+        "from qemu_postcopy.paging import ledger\n"
+        "def kill(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{BEFORE_IT_SERVES[where]}\n"
         "cli.main()"
     )
     path = run_dir / "uffd.sock"
@@ -212,8 +224,16 @@ def test_a_server_that_died_before_it_served_is_replaced(
     assert server.wait(SECONDS) == -signal.SIGKILL
     server.stdout.close()
     vmm.tell("verify")
+    ledger = RunDirectory.find("vm").ledger
+    assert ledger.exists() is (where == "after the ledger")
     try:
         assert status_of("vm")["state"] == "waiting"
+        if where == "after the ledger":  # a damaged one could be that of a server that has served
+            good = ledger.read_bytes()
+            ledger.write_bytes(good[:10])
+            refused("recover", "vm", status=4, words=["ledger", "too short"])
+            assert vmm.registered() > 0
+            ledger.write_bytes(good)
         tool("recover", "vm")
         assert answer(vmm) == 0
     finally:
