@@ -138,7 +138,12 @@ def spawn(job: Job, run: RunDirectory) -> Sidecar:
     :func:`qemu_postcopy.restore.restore` and serves by itself.
     """
     read_end, write_end = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(read_end)
+        os.close(write_end)
+        raise
     if pid:
         os.close(write_end)
         return Sidecar(pid, os.fdopen(read_end))

@@ -43,6 +43,7 @@ MARKS = (
     "session.json.new",
     "sidecar.log",
     "ledger",
+    "ledger.new",
     "disposable-image",
     "offer",
     "stream",
@@ -289,9 +290,12 @@ class RunDirectory:
 
         False where the directory was removed or replaced meanwhile: that guest is no more.
         """
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         self._lock = descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         return self._is_ours()
 
     def is_served(self) -> bool:

@@ -35,17 +35,16 @@ def supervise(run: RunDirectory, said: Callable[[str], None] = log.warning) -> N
     pause = FIRST_PAUSE_SECONDS
     failures = 0
     while True:
-        if not run.wait_unserved():
-            run.release()
-            return
-        record = run.read_record(missing_ok=True)
-        run.release()
-        if record is None or not needs_sidecar(run, record):
-            run.supervisor_notes.unlink(missing_ok=True)
-            return
-        said(f"the sidecar of {run.name} has died (PID {record.sidecar_pid}): taking over")
         began = time.monotonic()
-        trouble = _take_over(run, said)
+        try:
+            if not _wait_needed(run, said):
+                return
+            began = time.monotonic()
+            trouble = _take_over(run, said)
+        except (OSError, PostcopyError) as error:
+            # No process or descriptor to be had, or a record that cannot be read now.
+            trouble = error.message if isinstance(error, PostcopyError) else str(error)
+            said(f"{run.name} cannot be watched over just now: {trouble}")
         if not trouble and time.monotonic() - began >= SOON_SECONDS:
             pause, failures = FIRST_PAUSE_SECONDS, 0
             run.supervisor_notes.unlink(missing_ok=True)
@@ -54,6 +53,21 @@ def supervise(run: RunDirectory, said: Callable[[str], None] = log.warning) -> N
         note(run, failures, trouble or "sidecars die soon after they took over: see sidecar.log")
         time.sleep(pause)
         pause = min(2 * pause, LAST_PAUSE_SECONDS)
+
+
+def _wait_needed(run: RunDirectory, said: Callable[[str], None]) -> bool:
+    """Returns when nobody serves the guest: whether it needs another sidecar."""
+    try:
+        if not run.wait_unserved():
+            return False
+        record = run.read_record(missing_ok=True)
+    finally:
+        run.release()
+    if record is None or not needs_sidecar(run, record):
+        run.supervisor_notes.unlink(missing_ok=True)
+        return False
+    said(f"the sidecar of {run.name} has died (PID {record.sidecar_pid}): taking over")
+    return True
 
 
 def _take_over(run: RunDirectory, said: Callable[[str], None]) -> str:
@@ -98,5 +112,7 @@ def start(run: RunDirectory) -> int:
         for source, target in ((null, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
         supervise(run)
+    except Exception:
+        log.exception("the supervisor of %s has failed", run.name)
     finally:
         os._exit(0)
