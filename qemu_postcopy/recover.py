@@ -251,5 +251,6 @@ def _leave_without_guest(record: SessionRecord) -> None:
                     registration.unregister(taken.descriptor, block["address"], block["size_bytes"])
                 except PostcopyError as error:
                     log.info("block %s was not registered: %s", block["name"], error.message)
+            registration.wait_events_read(taken.descriptor, by_us=True)
         finally:
             os.close(taken.descriptor)

@@ -804,13 +804,17 @@ class Session:
     def detach(self) -> None:
         """Gives the memory back to the kernel: data is all there, what is missing is zero.
 
-        The pager goes on reading events until the last block is unregistered, since a thread of
-        QEMU that gives memory back waits until its event is read.
+        The pager goes on reading events until none can come any more, since a thread of QEMU that
+        gives memory back waits until its event is read.
         """
+        from qemu_postcopy.paging import registration
+
         self._require(State.DETACHED)
         assert self.pager is not None
         for block in self._layout:
             self._unregister_mapped(block)
+        if not registration.wait_events_read(self._userfaultfd, by_us=False):
+            log.warning("QEMU goes on giving memory back that was not served from here")
         self._enter(State.DETACHED)
         self.pager.stop()
 
@@ -1173,3 +1177,4 @@ class Session:
         for block in self._layout:
             with contextlib.suppress(PostcopyError):
                 registration.unregister(self._userfaultfd, block.address, block.size_bytes)
+        registration.wait_events_read(self._userfaultfd, by_us=True)

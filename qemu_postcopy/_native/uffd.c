@@ -103,6 +103,14 @@ int qpc_uffd_wake(int uffd, uint64_t start, uint64_t length, struct qpc_error *e
     return 0;
 }
 
+int qpc_uffd_event_pending(int uffd)
+{
+    struct uffdio_zeropage nothing = { 0 };
+
+    /* EAGAIN comes before the range is looked at; EINVAL for this one, of no length, after it. */
+    return ioctl(uffd, UFFDIO_ZEROPAGE, &nothing) < 0 && errno == EAGAIN;
+}
+
 /*
  * The result field is signed: bytes done, or a negative errno where nothing was done. The ioctl
  * itself says EAGAIN for a partial fill as well, so the field is asked first.

@@ -56,6 +56,12 @@ uint64_t qpc_uffd_wanted_features(uint64_t available);
 int qpc_uffd_register(int uffd, uint64_t start, uint64_t length, struct qpc_error *err);
 int qpc_uffd_unregister(int uffd, uint64_t start, uint64_t length, struct qpc_error *err);
 int qpc_uffd_wake(int uffd, uint64_t start, uint64_t length, struct qpc_error *err);
+
+/*
+ * Whether a thread of the mapper waits until an event is read, or is about to: from before it queues
+ * the event until it has run on (mmap_changing, fs/userfaultfd.c).
+ */
+int qpc_uffd_event_pending(int uffd);
 /* cdef-end */
 
 /*

@@ -6,9 +6,16 @@ comes from the mapper; the addresses are the mapper's.  Rests on ioctl_userfault
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from qemu_postcopy._native import check, ffi, lib, new_error
+
+#: How long, and how often, it is looked whether the events of unregistered memory were read.
+EVENTS_SECONDS = 10.0
+EVENTS_POLL_SECONDS = 0.0005
 
 
 def kernel_features() -> int:
@@ -75,6 +82,32 @@ def unregister(userfaultfd: int, address: int, length: int) -> None:
     """
     error = new_error()
     check(lib.qpc_uffd_unregister(userfaultfd, address, length, error), error)
+
+
+def events_pending(userfaultfd: int) -> bool:
+    """Whether a thread of the mapper waits until an event is read, or is about to queue one."""
+    return bool(lib.qpc_uffd_event_pending(userfaultfd))
+
+
+def wait_events_read(userfaultfd: int, *, by_us: bool, seconds: float = EVENTS_SECONDS) -> bool:
+    """After all memory of a descriptor was unregistered: until each thread of the mapper that had
+    begun to remove or unmap some of it goes on; False where that took longer than ``seconds``.
+
+    Such a thread waits until its event is read, also where that was queued after its memory was
+    unregistered; with nobody to read, and a copy of the descriptor open in the mapper, for ever.
+
+    Args:
+        by_us: nobody else reads: the descriptor must not block, and what it says is forgotten.
+    """
+    deadline = time.monotonic() + seconds
+    while events_pending(userfaultfd):
+        if time.monotonic() > deadline:
+            return False
+        if by_us:
+            with suppress(BlockingIOError):
+                os.read(userfaultfd, 4096)
+        time.sleep(EVENTS_POLL_SECONDS)
+    return True
 
 
 def wake(userfaultfd: int, address: int, length: int) -> None:
