@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from qemu_postcopy._native import check, ffi, lib, new_error, raise_error
-from qemu_postcopy.errors import UsageError
+from qemu_postcopy.errors import StateError, UsageError
 from qemu_postcopy.paging.account import (
     BlockCounts,
     ThreadFaults,
@@ -138,6 +138,8 @@ class Pager:
 
     Raises:
         UsageError: a size or address that cannot be.
+
+    After :meth:`close` what it has counted can still be asked for; all else is a StateError.
     """
 
     def __init__(
@@ -195,6 +197,12 @@ class Pager:
         self._last_threads: list[ThreadFaults] = []
         self._last_blocks: list[BlockCounts] = []
         self._last_vcpus = VcpuCounts(0, 0, 0, 0)
+        self._last_first_faults: list[tuple[int, int]] = []
+
+    def _open(self) -> Any:
+        if self._pager == ffi.NULL:
+            raise StateError("the pager is closed")
+        return self._pager
 
     def prefetch(self, pages: Sequence[tuple[int, int]]) -> None:
         """Has these pages (indices of block and page) filled first of all.
@@ -203,28 +211,33 @@ class Pager:
         """
         structs = ffi.new("struct qpc_pager_page[]", pages)
         error = new_error()
-        check(lib.qpc_pager_prefetch(self._pager, structs, len(pages), error), error)
+        check(lib.qpc_pager_prefetch(self._open(), structs, len(pages), error), error)
 
     def first_faults(self) -> list[tuple[int, int]]:
         """Indices of block and page of the first faults, in their order, at most FIRST_FAULTS.
 
-        Only where ``note_first_faults`` was asked for: see ``qpc_pager_first_faults``.
+        Only where ``note_first_faults`` was asked for: see ``qpc_pager_first_faults``.  After
+        :meth:`close`: as they were.
         """
+        if self._pager == ffi.NULL:
+            return self._last_first_faults
         structs = ffi.new("struct qpc_pager_page[]", FIRST_FAULTS)
         count = lib.qpc_pager_first_faults(self._pager, structs)
         return [(int(structs[i].block), int(structs[i].page)) for i in range(count)]
 
     def record(self, trace: TraceWriter) -> None:
         """Has every fault recorded.  Before :meth:`start`; ``trace`` is closed after the pager."""
-        lib.qpc_pager_record(self._pager, trace.trace, trace.records)
+        lib.qpc_pager_record(self._open(), trace.trace, trace.records)
 
     def start(self) -> None:
         """Starts the thread; faults are served from now on."""
         error = new_error()
-        check(lib.qpc_pager_start(self._pager, error), error)
+        check(lib.qpc_pager_start(self._open(), error), error)
 
     def stop(self) -> None:
         """Ends the thread; faults wait until :meth:`start` is called again.  No data is lost."""
+        if self._pager == ffi.NULL:
+            return
         error = new_error()
         check(lib.qpc_pager_stop(self._pager, error), error)
 
@@ -235,6 +248,7 @@ class Pager:
             self._last_threads = self.threads()
             self._last_blocks = self.block_counts()
             self._last_vcpus = self.vcpus()
+            self._last_first_faults = self.first_faults()
             lib.qpc_pager_destroy(self._pager)
             self._pager = ffi.NULL
             self._buffers.close()
@@ -246,15 +260,17 @@ class Pager:
             at_once: it does not wait for moments without faults either, which slows the guest.
         """
         mode = lib.QPC_BACKGROUND_AT_ONCE if enabled and at_once else int(enabled)
-        lib.qpc_pager_set_background(self._pager, mode, rate)
+        lib.qpc_pager_set_background(self._open(), mode, rate)
 
     def notify_fd(self) -> int:
         """Readable when the state changed, errors began or ended, or a thread faulted for the first
         time; read 8 bytes to reset."""
-        return int(lib.qpc_pager_notify_fd(self._pager))
+        return int(lib.qpc_pager_notify_fd(self._open()))
 
     def thread_id(self) -> int:
         """For ``os.sched_setaffinity``; 0 while stopped."""
+        if self._pager == ffi.NULL:
+            return 0
         return int(lib.qpc_pager_thread_id(self._pager))
 
     def statistics(self) -> Statistics:
@@ -293,7 +309,7 @@ class Pager:
 
         ``tids`` as :meth:`threads` has them.  Again whenever that changes.
         """
-        lib.qpc_pager_name_vcpus(self._pager, list(tids), len(tids))
+        lib.qpc_pager_name_vcpus(self._open(), list(tids), len(tids))
 
     def vcpus(self) -> VcpuCounts:
         """The virtual CPUs as a whole; after :meth:`close` as it was last."""

@@ -9,7 +9,7 @@ import pytest
 from paging.mapper_process import wait_until
 from paging.served_guest import KIB, MIB, ServedGuest
 
-from qemu_postcopy.errors import UsageError
+from qemu_postcopy.errors import StateError, UsageError
 from qemu_postcopy.paging.pager import PagerState
 
 Serve = Callable[..., ServedGuest]
@@ -119,3 +119,31 @@ def test_an_image_without_data_is_complete_at_once(serve: Serve) -> None:
     guest = serve(pages=64, holes=lambda page: True)
     guest.wait_complete()
     assert guest.mapper.first_word(7) == bytes(8)
+
+
+def test_a_closed_pager_says_so(serve: Serve) -> None:
+    """Or what it said last; but it never takes the process with it."""
+    pager = serve(start=False, note_first_faults=True).pager
+    pager.close()
+    assert pager.thread_id() == 0
+    assert pager.first_faults() == []
+    pager.stop()
+    pager.close()
+    for call in (
+        pager.start,
+        pager.notify_fd,
+        lambda: pager.set_background(True),
+        lambda: pager.name_vcpus([1]),
+        lambda: pager.prefetch([(0, 0)]),
+        lambda: pager.record(None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(StateError, match="closed"):
+            call()
+
+
+def test_first_faults_are_known_after_the_end(serve: Serve) -> None:
+    guest = serve(note_first_faults=True)
+    guest.mapper.first_word(7)
+    before = guest.pager.first_faults()
+    guest.pager.close()
+    assert guest.pager.first_faults() == before == [(0, 7)]
