@@ -19,6 +19,8 @@ static void come_first(struct qpc_pager *p)
     if (p->came_first || p->cannot_come_first)
         return;
     p->policy = sched_getscheduler(0);
+    if (p->policy >= 0)
+        p->policy &= ~SCHED_RESET_ON_FORK;
     if (p->policy == SCHED_FIFO || p->policy == SCHED_RR)
         return; /* it does already */
     if (p->policy < 0 || sched_getparam(0, &p->policy_param) ||
@@ -46,7 +48,8 @@ void qpc_pager_leave_windows(struct qpc_pager *p)
     if (!p->came_first)
         return;
     p->came_first = 0;
-    sched_setscheduler(0, p->policy, &p->policy_param);
+    /* The flag stays: without CAP_SYS_NICE it cannot be taken back, nor the rest with it (sched(7)). */
+    sched_setscheduler(0, p->policy | SCHED_RESET_ON_FORK, &p->policy_param);
 }
 
 static int needs_no_data(const struct block *b, uint64_t page)

@@ -1,11 +1,14 @@
 """A sidecar to be killed: serves a userfaultfd that it was given, and ends by SIGKILL only.
 
 Arguments: the descriptor, then address, length and page size of the block, the ledger, the source
-(a descriptor) and its offset, and the bitmap (a file).  Says "serving" when it is.
+(a descriptor) and its offset, and the bitmap (a file); last, "unprivileged" for a server without
+rights that may have a real-time priority all the same.  Says "serving" when it is.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -25,6 +28,11 @@ block = PagerBlock(
     source_offset=int(sys.argv[7]),
     data_bitmap=Path(sys.argv[8]).read_bytes(),
 )
+if sys.argv[9:] == ["unprivileged"]:
+    resource.setrlimit(resource.RLIMIT_RTPRIO, (1, 1))
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
 pager = Pager(userfaultfd, [block], ledger, chunk_size=4096, background=False)
 pager.start()
 print("serving", flush=True)

@@ -30,7 +30,7 @@ UFFD_EVENT_REMOVE = 0x15
 class KilledServer:
     """A mapper served by another process, which the test kills and takes over from."""
 
-    def __init__(self, binary: Path, run_dir: Path) -> None:
+    def __init__(self, binary: Path, run_dir: Path, *how: str) -> None:
         self.run_dir = run_dir
         self.mapper = Mapper(binary, "memfd", PAGES)
         self.image = Image(run_dir / "ram", PAGES, PAGE_BYTES, is_hole)
@@ -49,6 +49,7 @@ class KilledServer:
             self.source_fd,
             SOURCE_OFFSET,
             run_dir / "bitmap",
+            *how,
         ]
         script = Path(__file__).with_name("serve_until_killed.py")
         self.server = subprocess.Popen(
