@@ -45,15 +45,19 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
     if (now < quiet_ns && GET(p->background) != QPC_BACKGROUND_AT_ONCE)
         return quiet_ns;
     if (rate) {
-        uint64_t burst = rate / 20 > p->buffer_size ? rate / 20 : p->buffer_size;
-        uint64_t elapsed = min_u64(now - p->background_refill_ns, 1000000000ull);
+        int64_t burst = (int64_t)(rate / 20 > p->buffer_size ? rate / 20 : p->buffer_size);
+        uint64_t elapsed = now - p->background_refill_ns;
+        __uint128_t earned = (__uint128_t)rate * elapsed / 1000000000ull;
+        int64_t room = burst - p->background_tokens;
 
-        p->background_tokens =
-            min_u64(p->background_tokens + (uint64_t)((__uint128_t)rate * elapsed / 1000000000ull),
-                    burst);
+        if (room <= 0 || earned >= (__uint128_t)room)
+            p->background_tokens = burst;
+        else
+            p->background_tokens += (int64_t)earned;
         p->background_refill_ns = now;
-        if (p->background_tokens < min_u64(QPC_PAGER_BACKGROUND_UNIT, burst)) {
-            uint64_t missing = min_u64(QPC_PAGER_BACKGROUND_UNIT, burst) - p->background_tokens;
+        if (p->background_tokens < QPC_PAGER_BACKGROUND_UNIT) {
+            int64_t missing = QPC_PAGER_BACKGROUND_UNIT - p->background_tokens;
+
             return now + (uint64_t)((__uint128_t)missing * 1000000000ull / rate) + 1000;
         }
     }
@@ -83,10 +87,8 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
             b->cursor = last;
             p->background_attempts = p->background_windows = p->rounds_lost = 0;
             p->background_filled_ns = now;
-            if (rate) {
-                uint64_t used = (last - first) << b->page_shift;
-                p->background_tokens -= min_u64(used, p->background_tokens);
-            }
+            if (rate) /* a huge page is more than a unit: then it is in debt for a while */
+                p->background_tokens -= (int64_t)((last - first) << b->page_shift);
             qpc_pager_check_complete(p);
             return 0;
         case FILL_EVENT_FIRST:

@@ -30,8 +30,9 @@
 #ifndef QPC_PAGER_QUEUE_LENGTH
 #define QPC_PAGER_QUEUE_LENGTH 16384u
 #endif
+#define QPC_PAGER_DOUBTS 64u
 #define QPC_PAGER_BATCH 8u /* faults that are read, filled and woken together */
-#define QPC_PAGER_BACKGROUND_UNIT (128u << 10)
+#define QPC_PAGER_BACKGROUND_UNIT (128 << 10)
 
 /* Counters: one writer, any readers. A plain load and store is enough, and compiles to one add. */
 #define COUNT(counter, n) \
@@ -84,7 +85,7 @@ struct qpc_pager {
     int wake_later;
 
     uint64_t background_block;
-    uint64_t background_tokens;
+    int64_t background_tokens; /* bytes; at most a burst */
     uint64_t background_refill_ns;
     uint64_t background_due_ns;
     uint64_t background_filled_ns; /* when the last unit was begun */
