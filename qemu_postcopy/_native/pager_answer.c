@@ -6,6 +6,8 @@
 #define WAKE_TOGETHER 4 /* faults: see serve_batch() */
 #define RETRY_EVENT_AT_ONCE_NS 100000ull  /* see serve_fault() */
 #define RETRY_EVENT_PAUSING_NS 2000000ull /* all in all, with pauses */
+#define MESSAGE_LATE_NS 2000000ull /* a message may be read so long after its thread was woken */
+#define STANDING_NS 4000000000ull  /* a fault that stands for others is tried again by then */
 #define RETRY_EVENT_FIRST_NS 20000ull     /* the other side is between our read and its wake-up */
 
 /* Pages filled for one fault; one alone while it is noted for the first time what a guest wants. */
@@ -41,6 +43,53 @@ static void note_answered(struct qpc_pager *p, const struct fault *fault, uint64
     p->rounds_lost = 0;
 }
 
+static struct doubt *doubt_of(struct qpc_pager *p, const struct fault *fault)
+{
+    return &p->doubts[(fault->page + 31 * fault->block) % QPC_PAGER_DOUBTS];
+}
+
+/*
+ * Of a huge page that was filled once, or given back by the guest, COPY says EEXIST where it is there
+ * and where none is free. Whoever waits for it can tell: woken, it faults anew where the page is not
+ * there. So the first messages are answered by a wake-up. One that is read well after that stays in
+ * the queue, and says so to the operator; it is tried again, with a wake-up each time, until the page
+ * can be filled or nobody has faulted anew. Returns whether this fault is over.
+ */
+static int settle_doubt(struct qpc_pager *p, const struct fault *fault, uint64_t now)
+{
+    struct block *b = &p->blocks[fault->block];
+    struct doubt *d = doubt_of(p, fault);
+    int is_known = d->woken_ns && d->block == fault->block && d->page == fault->page;
+
+    if (is_known && fault->doubted && !d->refaulted) {
+        d->woken_ns = 0;
+        return 1;
+    }
+    if (is_known && !fault->doubted && d->standing && now < d->woken_ns + STANDING_NS) {
+        d->refaulted = 1;
+        return 1;
+    }
+    if (is_known && !fault->doubted && fault->read_ns > d->woken_ns + MESSAGE_LATE_NS) {
+        d->woken_ns = now;
+        d->standing = d->refaulted = 1;
+        return 0;
+    }
+    if (!is_known || fault->doubted)
+        *d = (struct doubt){ .page = fault->page, .block = fault->block, .woken_ns = now,
+                             .standing = fault->doubted };
+    COUNT(p->statistics.already_present, 1u);
+    qpc_pager_wake(p, b->is.address + (fault->page << b->page_shift), b->is.page_size);
+    return !fault->doubted;
+}
+
+static void end_doubt(struct qpc_pager *p, const struct fault *fault)
+{
+    struct doubt *d = doubt_of(p, fault);
+
+    if (d->block == fault->block && d->page == fault->page)
+        d->woken_ns = 0;
+}
+
 /*
  * Answers one fault, or puts it back with a time.
  *
@@ -61,12 +110,26 @@ static void serve_fault(struct qpc_pager *p, struct fault fault)
             qpc_pager_leave_windows(p);
         switch (result) {
         case FILL_DONE:
+            end_doubt(p, &fault);
             note_answered(p, &fault, now);
+            return;
+        case FILL_DOUBTFUL:
+            if (settle_doubt(p, &fault, now)) {
+                note_answered(p, &fault, now);
+                return;
+            }
+            qpc_pager_note_no_memory(p, b, fault.page);
+            fault.doubted = 1;
+            fault.failed = 1;
+            fault.due_ns = now + backoff_ns(fault.attempts++, QPC_PAGER_RETRY_SOURCE_FIRST_NS,
+                                            QPC_PAGER_RETRY_SOURCE_LAST_NS);
+            qpc_pager_queue_fault(p, &fault);
             return;
         case FILL_GONE:
             /* Nobody can be waiting for it properly: let the thread see for itself. */
             qpc_pager_wake(p, b->is.address + (fault.page << b->page_shift), b->is.page_size);
             qpc_pager_account_end(p, &fault, now);
+            end_doubt(p, &fault);
             if (p->trace)
                 qpc_pager_trace_answer(p, &fault, now, 1);
             return;

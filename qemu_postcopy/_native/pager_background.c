@@ -106,6 +106,7 @@ uint64_t qpc_pager_fill_background(struct qpc_pager *p)
             return p->background_due_ns;
         case FILL_GONE:
         case FILL_LATER:
+        case FILL_DOUBTFUL: /* of a page that is missing for certain it is not said */
             qpc_pager_leave_windows(p);
             b->cursor = last; /* the rest may be readable */
             p->background_due_ns =

@@ -13,6 +13,12 @@ static void note_error(struct qpc_pager *p, const struct block *b, uint64_t page
     SET(p->statistics.last_error_page, page);
 }
 
+void qpc_pager_note_no_memory(struct qpc_pager *p, const struct block *b, uint64_t page)
+{
+    COUNT(p->statistics.fill_errors, 1u);
+    note_error(p, b, page, ENOMEM);
+}
+
 void qpc_pager_wake(struct qpc_pager *p, uint64_t start, uint64_t length)
 {
     COUNT(p->statistics.wakes, 1u);
@@ -120,15 +126,16 @@ static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page,
             /*
              * Where no huge page is free, COPY says EEXIST too, not ENOMEM (seen on Linux 6.18). Of a
              * page that was never filled here it can mean nothing else: all memory was empty, and
-             * what arrived from a pager before us was noted. To take it for present would have the
-             * next fault answered with zeros.
+             * what arrived from a pager before us was noted, where that could be asked. To take it
+             * for present would have the next fault answered with zeros.
              */
             if (page_size > 4096 && page_state(b, page) != QPC_PAGE_PRESENT &&
                 page_state(b, page) != QPC_PAGE_REMOVED) {
-                COUNT(p->statistics.fill_errors, 1u);
-                note_error(p, b, page, ENOMEM);
+                qpc_pager_note_no_memory(p, b, page);
                 return FILL_LATER;
             }
+            if (page_size > 4096)
+                return FILL_DOUBTFUL;
             /* Somebody was quicker, or a second message for a page that is there. */
             COUNT(p->statistics.already_present, 1u);
             if (page_state(b, page) != QPC_PAGE_REMOVED)

@@ -75,6 +75,7 @@ int qpc_pager_fill_ahead(struct qpc_pager *p)
             p->prefetch_next = p->prefetch_count;
             return 0;
         case FILL_LATER: /* a fault will try again, and tell */
+        case FILL_DOUBTFUL:
         case FILL_DONE:
             if (++p->prefetch_next % PAGES_BETWEEN_YIELDS == 0)
                 sched_yield();

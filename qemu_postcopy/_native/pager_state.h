@@ -61,6 +61,7 @@ struct fault {
     uint16_t failed : 1; /* source or memory could not be had, rather than an event being first */
     uint16_t counted : 1; /* among those that wait */
     uint16_t slot : 14;  /* of the thread, in origins */
+    uint16_t doubted : 1; /* it stands for all that wait for a huge page; see settle_doubt() */
 };
 
 struct qpc_pager {
@@ -79,6 +80,15 @@ struct qpc_pager {
     uint32_t queue_head;
     uint32_t queue_count;
     int faults_dropped;  /* the ring was full: a wake-up of everything makes them come again */
+
+    /* Huge pages of which the kernel does not say whether they are there; see settle_doubt(). */
+    struct doubt {
+        uint64_t page;
+        uint64_t woken_ns; /* when whoever waits was woken, to see for itself; 0 = not in use */
+        uint32_t block;
+        int standing;  /* a fault is in the queue that stands for all of this page */
+        int refaulted; /* another has come since */
+    } doubts[QPC_PAGER_DOUBTS];
 
     struct { uint64_t start, length; } wakes[QPC_PAGER_BATCH]; /* filled, and to be woken */
     uint32_t wake_count;
@@ -182,6 +192,7 @@ enum fill {
     FILL_DONE,
     FILL_EVENT_FIRST, /* an event must be read, and the ledger asked again */
     FILL_LATER,       /* source or memory cannot be had now: back off */
+    FILL_DOUBTFUL,    /* a huge page that was filled once is there, or none is free */
     FILL_GONE         /* the mapper, or this part of its memory, is not there any more */
 };
 
@@ -273,6 +284,9 @@ int qpc_pager_read_source(struct qpc_pager *p, const struct block *b, uint64_t f
                           uint64_t last);
 enum fill qpc_pager_note_source_error(struct qpc_pager *p, const struct block *b, uint64_t page,
                                       int errnum);
+
+/* No page can be had for this one. */
+void qpc_pager_note_no_memory(struct qpc_pager *p, const struct block *b, uint64_t page);
 
 /* Copies the buffer, which holds pages [first, last), into the mapper. */
 enum fill qpc_pager_copy_run(struct qpc_pager *p, struct block *b, uint64_t first, uint64_t last,

@@ -1,7 +1,9 @@
 /*
  * A mapper that does what a test tells it: the process whose memory is paged.
  *
- *   mapper memfd|anonymous|hugetlb PAGES      (the test is at the other end of standard input)
+ *   mapper memfd|anonymous|hugetlb|/FILE PAGES   (the test is at the other end of standard input)
+ *
+ * A file is one on hugetlbfs, of which nothing is reserved.
  *
  * Hands its userfaultfd over, then takes lines "ID OPERATION ARGUMENTS" and answers each with
  * "ID RESULT". Every command runs in a thread of its own, so one that waits for a page holds up
@@ -164,6 +166,14 @@ int main(int argc, char **argv)
         length = strtoull(argv[2], NULL, 0) * page_size;
         memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         madvise(memory, length, MADV_NOHUGEPAGE);
+    } else if (argv[1][0] == '/') {
+        page_size = 2u << 20;
+        length = strtoull(argv[2], NULL, 0) * page_size;
+        memory_fd = open(argv[1], O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+        if (memory_fd < 0 || ftruncate(memory_fd, (off_t)length) < 0)
+            die(argv[1]);
+        memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory_fd,
+                      0);
     } else {
         int huge = !strcmp(argv[1], "hugetlb");
 
