@@ -216,7 +216,7 @@ def ending_by_signals(session: Session) -> Iterator[None]:
             log.warning("the save file must not be let go: filling the rest, then detaching")
             end()
         elif session.has_guest() and session.pager is not None:
-            serve_in_background(session.run)
+            session.leave(lambda: serve_in_background(session.run))
         else:
             end()
 

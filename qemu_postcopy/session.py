@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -205,6 +205,9 @@ class Session:
         self._features = 0
         self._device_state = -1
         self._load_begun = False
+        self._trace_on_trial = False
+        self._is_loading = False
+        self._leave: Callable[[], None] | None = None
         self._sources: dict[tuple[str, int], tuple[Source, int, bytearray]] = {}
         #: the sources that fail on purpose, if any do
         self.chaos_sources: list[ChaosSource] = []
@@ -498,6 +501,10 @@ class Session:
         assert self.identity is not None
         self.identity.require_alive()
         self._load_begun = True
+        with self._loading():
+            await self._load_or_tell()
+
+    async def _load_or_tell(self) -> None:
         try:
             await self._load()
         except (AttachError, MismatchError, HostError):
@@ -555,9 +562,28 @@ class Session:
         self._require(State.LOADED)
         self._load_begun = True
         self._unsettled = may_run
-        await feed(self._device_state)
-        self._enter(State.LOADED)
-        self._unsettled = False
+        with self._loading():
+            await feed(self._device_state)
+            self._enter(State.LOADED)
+            self._unsettled = False
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        self._is_loading = True
+        try:
+            yield
+        finally:
+            self._is_loading = False
+            if self._leave is not None and self.has_guest():
+                self._leave()
+
+    def leave(self, by: Callable[[], None]) -> None:
+        """Has this process leave its guest to another by what is given: now, or when QEMU has been
+        given all of its state, since nobody else could go on with that."""
+        if self._is_loading:
+            self._leave = by
+        else:
+            by()
 
     async def confirm(self, *, may_run: bool = False) -> None:
         """Asks QEMU whether its memory lies where it was presumed, and whether it can be paged.
