@@ -415,10 +415,7 @@ class Session:
             self._pager_blocks(), threads=record.threads, async_offered=record.async_offered
         )
         if self.options.trace is not None:
-            try:
-                self._known_accounts().record(self.options.trace, resume=True)
-            except PostcopyError as error:
-                log.warning("faults are not recorded any more: %s", error.message)
+            self._go_on_recording(self.options.trace)
         if self.options.drop_rights:
             drop_ptrace_rights()
         pager.start()
@@ -434,6 +431,18 @@ class Session:
             log.warning("session.json in %s cannot be written: %s", self.run.path, error)
         if self._listener is not None:
             self._listener(StateChange(self.state, time.monotonic() - self._began))
+
+    def _go_on_recording(self, trace: Path) -> None:
+        """Where the file cannot be written to, by a fault of its disk or for want of room for the
+        copies that its file system makes, whoever touches its memory is ended (SIGBUS, mmap(2)).
+        So the record leaves it out until that has gone well for a while: the next sidecar goes
+        without it."""
+        try:
+            self.run.update_record(trace="")
+            self._known_accounts().record(trace, resume=True)
+            self._trace_on_trial = True
+        except (OSError, PostcopyError) as error:
+            log.warning("faults are not recorded any more: %s", error)
 
     async def settle(self, record: SessionRecord) -> bool:
         """After :meth:`take_over`: goes on to the state in which there is a guest.
@@ -805,6 +814,10 @@ class Session:
             await asyncio.sleep(DIRECTORY_SECONDS)
             if self.run.is_lost():
                 break
+            if self._trace_on_trial:
+                self._trace_on_trial = False
+                with contextlib.suppress(OSError, PostcopyError):
+                    self.run.update_record(trace=str(self.options.trace))
         log.error(
             "%s was removed: filling the rest of the guest's memory now, since nobody could take "
             "over from this process (%d); do not kill it before it has ended",
@@ -963,7 +976,9 @@ class Session:
                 block_counts=told.get("blocks", []),
                 threads=self.accounts.threads() if self.accounts else {},
                 async_offered=self.accounts.async_offered if self.accounts else None,
-                trace=str(options.trace.absolute()) if options.trace else "",
+                trace=str(options.trace.absolute())
+                if options.trace and not self._trace_on_trial
+                else "",
                 shown="" if shown == self.image.path else str(shown),
             )
         )

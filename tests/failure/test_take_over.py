@@ -286,6 +286,79 @@ def test_ctrl_backslash_leaves_the_guest_to_a_sidecar_in_the_background(
     guest.console.wait_passes(1)
 
 
+#: QEMU takes the end of its state late, and the operator is quicker.
+QUIT_IN_THE_GATE = """
+import asyncio, os, signal
+from qemu_postcopy import cli
+from qemu_postcopy.vm import migration
+load_through = migration.load_through
+async def late(qmp, gate, descriptor, begin, begins):
+    def begun():
+        begins()
+        os.kill(os.getpid(), signal.SIGQUIT)
+    let_in = gate.let_in
+    async def let_in_late(*where):
+        await asyncio.sleep(0.1)
+        await let_in(*where)
+    gate.let_in = let_in_late
+    return await load_through(qmp, gate, descriptor, begin, begun)
+migration.load_through = late
+cli.main()
+"""
+
+
+def test_ctrl_backslash_while_qemu_takes_the_end_of_its_state_costs_no_guest(
+    lab: Lab, snapshot: Snapshot
+) -> None:
+    command = subprocess.run(
+        [sys.executable, "-c", QUIT_IN_THE_GATE, "restore", "--foreground", "--name", "r", *SLOWLY,
+         "--qemu", str(snapshot.qemu), str(snapshot.image)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert command.returncode == 0, command.stderr
+    assert "is served again" in command.stdout
+    guest = guest_of_record(lab, "r")
+    record = RunDirectory.find("r").read_record()
+    assert record is not None
+    guest.sidecar = ProcessIdentity.open(record.sidecar_pid)
+    goes_on_from(guest, snapshot)
+    cli("fill", "r")
+    guest.wait_sidecar_gone()
+
+
+#: Takes over with a trace that cannot be written to.
+TRACE_LOST = """
+import os
+from qemu_postcopy import accounts, cli
+record = accounts.Accounts.record
+def lost(self, path, *, resume=False):
+    record(self, path, resume=resume)
+    os.truncate(path, 4096)
+accounts.Accounts.record = lost
+cli.main()
+"""
+
+
+def test_trace_that_cannot_be_written_to_costs_one_sidecar_and_not_the_guest(
+    lab: Lab, snapshot: Snapshot
+) -> None:
+    trace = lab.directory / "trace"
+    guest = lab.restore(snapshot, "--no-background", "--chunk", "4K", "--trace", trace)
+    kill_sidecar(guest)
+    size = trace.stat().st_size
+    first = subprocess.run(
+        [sys.executable, "-c", TRACE_LOST, "recover", "--foreground", guest.name],
+        capture_output=True,
+        timeout=60,
+    )
+    assert first.returncode == -signal.SIGBUS
+    os.truncate(trace, size)
+    recover(guest)
+    goes_on_from(guest, snapshot)
+    cli("fill", guest.name)
+    guest.wait_sidecar_gone()
+
+
 def test_supervisor_that_fails_pauses_and_says_so(lab: Lab, snapshot: Snapshot) -> None:
     """And goes on once the reason is gone."""
     guest = lab.restore(snapshot, *SLOWLY, "--supervise")

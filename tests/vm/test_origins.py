@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from vm.guests import Lab, SharedSnapshots, cli, goes_on_from, refused, send, wait_until
+from vm.guests import Guest, Lab, SharedSnapshots, cli, goes_on_from, refused, send, wait_until
 
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.paging.trace import Trace
-from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.sidecar.rundir import RunDirectory, SessionRecord
 from qemu_postcopy.vm.process import ProcessIdentity
 
 pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
@@ -71,6 +71,12 @@ def test_faults_are_those_of_the_virtual_cpu_and_of_loading(
     )
 
 
+def record_of(guest: Guest) -> SessionRecord:
+    record = RunDirectory(guest.directory).read_record()
+    assert record is not None
+    return record
+
+
 def test_after_a_take_over_threads_have_their_names_and_the_trace_goes_on(
     qemu: Path, lab: Lab, snapshots: SharedSnapshots, guest_image: GuestImage
 ) -> None:
@@ -91,9 +97,8 @@ def test_after_a_take_over_threads_have_their_names_and_the_trace_goes_on(
     assert status["origins"]["vCPU 0"]["faults"] > 0
     assert status["vcpus"]["count"] == 1
     assert status["vcpus"]["all_stopped_us"] > 0
-    record = RunDirectory(guest.directory).read_record()
-    assert record is not None
-    guest.sidecar = ProcessIdentity.open(record.sidecar_pid)
+    wait_until(lambda: record_of(guest).trace == str(path), "whoever comes next goes on with it")
+    guest.sidecar = ProcessIdentity.open(record_of(guest).sidecar_pid)
     cli("fill", guest.name)
     guest.wait_sidecar_gone()
     with Trace(path) as trace:
