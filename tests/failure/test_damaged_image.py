@@ -154,7 +154,7 @@ def test_data_that_was_lost_is_missed_though_the_file_is_as_long_as_ever(
         lost = os.pread(file.fileno(), 8 << 20, begin)
         check(lib.qpc_page_file_punch(file.fileno(), begin, len(lost), error), error)
         words = ["lost data", "m0", "copy it again"]
-        refused("restore", "--name", "r", bad.image, status=DAMAGED, words=words)
+        refused("restore", "--name", "other", bad.image, status=DAMAGED, words=words)
         refused("recover", guest.name, status=DAMAGED, words=words)
         assert guest.registered_ranges() > 0, "it waits"
         os.pwrite(file.fileno(), lost, begin)

@@ -2,7 +2,8 @@
 
 Arguments: the descriptor, then address, length and page size of the block, the ledger, the source
 (a descriptor) and its offset, and the bitmap (a file); last, "unprivileged" for a server without
-rights that may have a real-time priority all the same.  Says "serving" when it is.
+rights that may have a real-time priority all the same, where this host lets us give it that (needs
+CAP_SYS_RESOURCE).  Says "serving" when it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from qemu_postcopy.paging.ledger import Ledger, LedgerBlock
@@ -29,10 +31,11 @@ block = PagerBlock(
     data_bitmap=Path(sys.argv[8]).read_bytes(),
 )
 if sys.argv[9:] == ["unprivileged"]:
-    resource.setrlimit(resource.RLIMIT_RTPRIO, (1, 1))
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
+    with suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_RTPRIO, (1, 1))
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
 pager = Pager(userfaultfd, [block], ledger, chunk_size=4096, background=False)
 pager.start()
 print("serving", flush=True)

@@ -46,7 +46,7 @@ def test_it_is_given_back_also_by_a_user_who_may_only_take_it(unprivileged: Kill
 
     def taken() -> bool:
         mapper.first_word(next(pages))
-        # Nobody without CAP_SYS_NICE can take the flag back: it stays as a trace.
+        # Nobody without CAP_SYS_NICE can take the flag back, nor leave without it (sched(7)).
         return bool(os.sched_getscheduler(tid) & os.SCHED_RESET_ON_FORK)
 
     wait_until(taken, "it has had a real-time priority")
