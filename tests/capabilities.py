@@ -167,6 +167,15 @@ def thp() -> str:
     return "they are switched off: [never]" if "[never]" in said else ""
 
 
+def xfs() -> str:
+    """A file system whose files can share data, in a file (on a loop device)."""
+    if not shutil.which("mkfs.xfs"):
+        return "no mkfs.xfs on PATH (Debian: xfsprogs)"
+    if "\txfs\n" not in Path("/proc/filesystems").read_text():
+        return "the kernel has no xfs (modprobe xfs)"
+    return "" if Path("/dev/loop-control").exists() else "no loop devices"
+
+
 def tap() -> str:
     """The test makes an interface of its own in the network namespace that it runs in."""
     try:
@@ -205,6 +214,7 @@ PROBES: dict[str, Callable[[], str]] = {
         mount,
         thp,
         tap,
+        xfs,
     ]
 }
 

@@ -134,7 +134,8 @@ async def _begin(
     """While QEMU waits for its stream."""
     require_same(order.file, offer.source)
     source = await asyncio.to_thread(image_behind, order.file) or order.file
-    saved = await asyncio.to_thread(open_saved, source, None, run)
+    # In place only from a private copy: nobody has been asked whether the file may be leased.
+    saved = await asyncio.to_thread(open_saved, source, None, run, in_place=None, say=log.info)
     require_same(order.file, offer.source)
     if saved.uuid != order.uuid:
         raise ImageError(f"{source} is of another domain, {saved.name}", hint="write it anew")

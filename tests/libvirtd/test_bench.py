@@ -29,7 +29,7 @@ def test_a_domain_is_restored_by_every_way_and_gone(hooked: Host, shared_dir: Pa
     print(said)
     report = json.loads(said)
     assert [entry["runs"] for entry in report["results"]] == [int(RUNS)] * len(report["results"])
-    assert len(report["results"]) == 5
+    assert len(report["results"]) == 6
     assert {entry["to"] for entry in report["ratios"]} == {"virsh restore"}
     assert (host.domains(), sidecars(host), run_directories(host)) == ([], [], [])
     assert list(shared_dir.iterdir()) == []

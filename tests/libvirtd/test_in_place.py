@@ -11,9 +11,13 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from libvirtd import by_hook
+from libvirtd.by_hook import ON_DEMAND, ask
 from libvirtd.conftest import Hosts
 from libvirtd.daemons import Host
 from libvirtd.domains import Domain, start_domain
@@ -44,9 +48,10 @@ def served_in_place(host: Host, path: Path) -> None:
 
 
 def kill_sidecars(host: Host) -> None:
-    for pid in sidecars(host):
+    """Also those that the hook has started."""
+    for pid in sidecars(host) + by_hook.sidecars(host):
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: sidecars(host) == [], "the sidecar is dead")
+    wait_until(lambda: sidecars(host) + by_hook.sidecars(host) == [], "the sidecar is dead")
 
 
 def end(host: Host, domain: Domain) -> None:
@@ -186,3 +191,69 @@ def test_what_cannot_be_served_in_place_is_converted_and_what_is_damaged_refused
             "restore", "--connect", "qemu:///system", *IN_PLACE, option, path, status=2
         )
         assert "--in-place" in said.stderr
+
+
+@contextmanager
+def sharing_file_system(host: Host, directory: Path) -> Iterator[Path]:
+    """One whose files can share data, mounted where the host alone sees it."""
+    disk, mounted = directory / "disk", directory / "xfs"
+    disk.touch()
+    os.truncate(disk, 600 << 20)
+    mounted.mkdir()
+    host.run("mkfs.xfs", "-q", disk)
+    host.run("mount", "-o", "loop", disk, mounted)
+    try:
+        host.run("chmod", "755", mounted)
+        yield mounted
+    finally:
+        host.run("umount", mounted)
+
+
+def require_served_from_a_copy(host: Host, domain: Domain, path: Path) -> None:
+    """Nobody who overwrites the file waits, and the guest is none the worse, served by whomever."""
+    (listed,) = json.loads(host.tool("list", "--json").stdout)
+    assert listed["image"] == str(path)
+    assert host.run("stat", "-c", "%h", path).stdout == "1\n"
+    host.run("cp", "/dev/null", path)
+    (entry,) = json.loads(host.tool("status", "--json", "guest").stdout)
+    assert entry["statistics"]["pages_data_missing"] > 0
+    kill_sidecars(host)
+    host.tool("recover", "guest")
+    domain.console.wait_passes(1)
+    host.tool("fill", "guest")
+    wait_until(lambda: sidecars(host) == [], "the sidecar has ended")
+    domain.console.wait_passes(1)
+    assert host.run("ls", "-A", path.parent).stdout == f"{path.name}\n"
+    end(host, domain)
+
+
+@pytest.mark.soak
+@pytest.mark.needs("xfs")
+def test_where_files_can_share_data_a_private_copy_is_served_unasked(
+    host: Host, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain = start_domain(host, shared_guest, shared_dir)
+    domain.wait_ready()
+    with sharing_file_system(host, shared_dir) as mounted:
+        path = mounted / "guest.save"
+        host.virsh("save", "guest", path)
+        before = host.run("sha256sum", path).stdout
+        said = host.tool("restore", "--connect", "qemu:///system", "--no-background", path)
+        assert "converting" not in said.stderr
+        assert host.run("sha256sum", path).stdout == before
+        require_served_from_a_copy(host, domain, path)
+
+
+@pytest.mark.soak
+@pytest.mark.needs("xfs")
+def test_there_the_hook_converts_nothing_either(
+    hooked: Host, shared_guest: GuestImage, shared_dir: Path
+) -> None:
+    domain = start_domain(hooked, shared_guest, shared_dir)
+    domain.wait_ready()
+    ask(hooked, "guest", ON_DEMAND)
+    with sharing_file_system(hooked, shared_dir) as mounted:
+        path = mounted / "guest.save"
+        hooked.virsh("save", "guest", path)
+        hooked.virsh("restore", path)
+        require_served_from_a_copy(hooked, domain, path)
