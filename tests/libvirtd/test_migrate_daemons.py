@@ -16,10 +16,10 @@ from qemu_postcopy.images.guest_image import GuestImage
 pytestmark = pytest.mark.needs("guest", "uffd", "root")
 
 
-#: What the tool calls the two hosts.
 #: Nothing is switched, or only by something else, within the first pass: there QEMU 7.2, which is
 #: refused whole passes, loses nothing.
 FIRST_PASS = ("--after-passes", 1000, "--no-on-stall", "--accept-lost-writes")
+#: What the tool calls the two hosts.
 OTHER_WORD = {"source": "source", "target": "destination"}
 SIDES = [pytest.param("source", marks=pytest.mark.soak), "target"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,20 @@ from vm.guests import (
     goes_on_from,
     refused,
     take_snapshot,
+    wait_until,
 )
 
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.vm.spec import MemoryKind
 
 pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
+
+
+#: What a fault brings at least.
+SMALLEST: dict[MemoryKind, str] = {
+    "memfd": "4K", "anonymous": "4K", "file": "4K", "hugetlb": "2M",
+}  # fmt: skip
+HUGETLB = pytest.mark.needs("hugetlb")
 
 
 @pytest.mark.parametrize("kind", ["memfd", "anonymous"])
@@ -44,7 +53,15 @@ def test_restored_guest_can_be_snapshotted_and_restored_again(
     guest.console.wait_passes(2)
 
 
-@pytest.mark.parametrize("kind", ["memfd", "anonymous"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "memfd",
+        "anonymous",
+        pytest.param("file", marks=pytest.mark.soak),
+        pytest.param("hugetlb", marks=[pytest.mark.soak, HUGETLB]),
+    ],
+)
 def test_guest_snapshotted_while_most_of_it_is_missing_is_whole_in_the_image(
     kind: MemoryKind,
     qemu_binary: Path,
@@ -54,19 +71,55 @@ def test_guest_snapshotted_while_most_of_it_is_missing_is_whole_in_the_image(
     run_dir: Path,
 ) -> None:
     first = snapshots.checker(lab, guest_image, qemu_binary, kind)
-    lazy = lab.restore(first, "--no-background", "--paused", "--chunk", "4K", name="lazy")
+    lazy = lab.restore(first, "--no-background", "--paused", "--chunk", SMALLEST[kind], name="lazy")
     before = lazy.status()["statistics"]
     assert before["pages_data_missing"] > 0.9 * before["pages_data"]
     lazy.ask("cont")
     lazy.console.wait_more_ticks(1)
-    second = take_snapshot(lazy, run_dir / "second", qemu_binary, kind)
-    lazy.kill()
+    require_whole(lab, lazy, first, run_dir / "second")
 
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("memfd", marks=pytest.mark.soak),
+        pytest.param("anonymous", marks=pytest.mark.soak),
+        "file",
+        pytest.param("hugetlb", marks=HUGETLB),
+    ],
+)
+def test_guest_snapshotted_while_the_background_fills_it_is_whole_in_the_image(
+    kind: MemoryKind,
+    qemu: Path,
+    lab: Lab,
+    snapshots: SharedSnapshots,
+    guest_image: GuestImage,
+    run_dir: Path,
+) -> None:
+    """It stands, so that nothing but the background and the snapshot takes pages from the image."""
+    first = snapshots.checker(lab, guest_image, qemu, kind)
+    # So slow that most of it is still to be done, for half a minute.
+    lazy = lab.restore(first, "--rate", "2M", "--paused", name="lazy")
+
+    def filling() -> bool:
+        numbers = lazy.status()["statistics"]
+        assert numbers["pages_data_missing"] > 0.5 * numbers["pages_data"]
+        return bool(numbers["pages_background"])
+
+    wait_until(filling, "the background fills")
+    require_whole(lab, lazy, first, run_dir / "second")
+
+
+def require_whole(lab: Lab, lazy: Guest, first: Snapshot, image: Path) -> None:
+    """Snapshots a guest that is being filled from an image, ends it, and restores the new image."""
+    second = take_snapshot(lazy, image, first.qemu, first.kind)
+    if not lazy.console.ticks:
+        second = replace(second, last_tick=first.last_tick)
+    lazy.kill()
     guest = lab.restore(second, name="third")
     goes_on_from(guest, second)
     guest.console.wait_passes(2)
     guest.kill()
-
     # Nor has the first image changed.
     cli("image", "verify", first.image)
 
