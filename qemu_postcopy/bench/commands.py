@@ -211,7 +211,7 @@ def memory_mib(text: str) -> int:
 @click.option(
     "--connect",
     metavar="URI",
-    help="A domain of that libvirt, saved by virsh: lazily and by virsh restore.",
+    help="A domain of that libvirt, saved by virsh: lazily, by virsh restore, and by the hook.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def restore_command(
@@ -228,7 +228,8 @@ def restore_command(
     """Resume guests: lazily, eagerly by stock QEMU, and by the kernel's private mapping.
 
     Measured is the time from the start of QEMU (or of our command) to the guest's first whole line
-    of output, with a warm page cache.
+    of output, with a warm page cache. With --connect plain virsh restores by the hook too, where
+    install-hooks has put one (and libvirt's daemon was started since).
 
     \b
     Examples:

@@ -72,6 +72,8 @@ def test_libvirts_own_profile_of_a_domain_takes_the_rules_in(run_dir: Path) -> N
         command = ["apparmor_parser", "-Q", "-K", "-S", "--base", str(profiles), str(domain)]
         return subprocess.run(command, capture_output=True, check=True).stdout
 
+    daemon = (profiles / "usr.sbin.libvirtd").read_text()
+    assert "/etc/libvirt/hooks/** rmix," in daemon and "/usr/bin/* PUx," in daemon
     with_rules = compiled()
     local.write_text("")
     assert len(with_rules) > len(compiled())
