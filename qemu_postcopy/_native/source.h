@@ -47,6 +47,9 @@ struct qpc_source *qpc_source_open_file(int fd, struct qpc_error *err);
  */
 void qpc_source_cancel(struct qpc_source *source, int on);
 
+/* For who is no pager: 0, or the errno for which there is no data. */
+int qpc_source_read_once(struct qpc_source *source, uint64_t offset, uint64_t length, void *buffer);
+
 /* Nobody may be reading any more. NULL is allowed. */
 void qpc_source_close(struct qpc_source *source);
 /* cdef-end */

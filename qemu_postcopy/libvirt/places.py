@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qemu_postcopy.errors import AttachError, ImageError, Outcome, UserfaultfdError
+from qemu_postcopy.errors import AttachError, Outcome, UserfaultfdError
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.image.manifest import Block
 from qemu_postcopy.image.records import (
@@ -124,17 +124,14 @@ def ask_places(
     Raises:
         TargetGoneError: QEMU has ended; it has no such block, for one.
         AttachError: it writes elsewhere.
-        ImageError: the page data cannot be read.
+        ImageError, HostError: the page data cannot be read.
     """
     watched = Userfaultfd(userfaultfd, Feature.NONE, Operation.NONE)
     places: dict[str, int] = {}
     for block in blocks:
         candidates = [piece for piece in pieces if piece.size_bytes == block.size_bytes]
-        descriptor, offset = image.open_block(block.name)
-        try:
-            content = _first_page(descriptor, offset, max(map(_page_size, candidates), default=0))
-        finally:
-            os.close(descriptor)
+        size = max([begin.page_size_bytes, *map(_page_size, candidates)])
+        content = _first_page(image, block.name, size)
         give(begin.pack_page(block.name, content))
         address = _await_fault(watched, identity)
         found = next((p for p in candidates if 0 <= address - p.address < _page_size(p)), None)
@@ -158,14 +155,10 @@ def _page_size(piece: MappedRam) -> int:
     return os.fstatvfs(piece.descriptor).f_bsize
 
 
-def _first_page(descriptor: int, offset_bytes: int, size_bytes: int) -> bytes:
-    content = b""
-    while len(content) < size_bytes:
-        part = os.pread(descriptor, size_bytes - len(content), offset_bytes + len(content))
-        if not part:
-            raise ImageError("its page data ends too early", hint="copy the image again")
-        content += part
-    return content
+def _first_page(image: Image, block: str, size_bytes: int) -> bytes:
+    source, offset, bitmap = image.open_source(block, size_bytes)
+    with source:
+        return source.read(offset, size_bytes) if bitmap[0] & 1 else bytes(size_bytes)
 
 
 def _await_fault(watched: Userfaultfd, identity: ProcessIdentity) -> int:

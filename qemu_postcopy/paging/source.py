@@ -6,10 +6,12 @@ only a handle: made before the pager, closed after it.
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import Any, Self
 
 from qemu_postcopy._native import ffi, lib, new_error, raise_error
+from qemu_postcopy.errors import HostError
 
 
 class Source:
@@ -36,6 +38,22 @@ class Source:
     def disown(self) -> None:
         """Another source has taken it over, and closes it."""
         self._handle = ffi.NULL
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """All of a range in which there is data; blocks.
+
+        Raises:
+            HostError: it cannot be had.
+        """
+        data = bytearray(size_bytes)
+        buffer = ffi.from_buffer(data)
+        number = lib.qpc_source_read_once(self.handle, offset_bytes, size_bytes, buffer)
+        if number:
+            raise HostError(
+                f"page data cannot be read at {offset_bytes}: {os.strerror(number)}",
+                hint="look at the file system that it is on",
+            )
+        return bytes(data)
 
     def close(self) -> None:
         """Frees it and what it holds; may be called twice."""

@@ -28,6 +28,7 @@ from qemu_postcopy.image.records import (
 )
 from qemu_postcopy.libvirt import places
 from qemu_postcopy.libvirt.places import StreamBegin, ask_places, in_question, read_begin
+from qemu_postcopy.paging.source import FileSource
 from qemu_postcopy.region import PAGE_BYTES, Region
 from qemu_postcopy.userfaultfd import Userfaultfd
 from qemu_postcopy.vm.preload import MappedRam
@@ -65,7 +66,13 @@ class Asked:
             (directory / name).write_bytes(first_page(number) * (SIZE // PAGE_BYTES))
         self.image = cast(
             Image,
-            SimpleNamespace(open_block=lambda name: (os.open(directory / name, os.O_RDONLY), 0)),
+            SimpleNamespace(
+                open_source=lambda name, _: (
+                    FileSource(os.open(directory / name, os.O_RDONLY)),
+                    0,
+                    bytearray(b"\xff"),
+                )
+            ),
         )
 
     def give(self, data: bytes) -> None:

@@ -44,6 +44,7 @@ def test_a_raw_file_is_looked_through_and_not_copied(tmp_path: Path) -> None:
     assert (manifest.domain_xml, manifest.architecture) == (XML, "x86_64")
     assert manifest.block("m0").data_bytes == 2 * PAGE
     source, offset, bitmap = image.open_source("m0", PAGE)
+    assert source.read(0, PAGE) == b"\7" * PAGE
     source.close()
     assert offset == 0 and bitmap == bytes([0b100001]) + bytes(RAM // PAGE // 8 - 1)
     source, _, bitmap = image.open_source("m0", 2 << 20)
