@@ -1042,7 +1042,7 @@ class Session:
         asyncio.get_running_loop().remove_reader(self._lease.fileno())
         self._hurried = True
         log.warning(
-            "somebody wants to write to %s, and waits for up to %d s: filling the rest at once",
+            "somebody wants to write to %s, and waits for up to %g s: filling the rest at once",
             self.image.shown_path,
             break_seconds(),
         )

@@ -69,7 +69,8 @@ static int read_into(int fd, uint64_t offset, struct iovec *iovec, int count)
 
 /*
  * count (at most BATCH_PAGES) pages of a run, the headers before them apart: each must be that of its
- * page, or the file is not what was scanned.
+ * page, or the file is not what was scanned. Measured with 16 pages in the page cache: 6.8 us so, 7.2
+ * to 7.5 by one pread(2) and moving the data together, 5.9 by one of as many bytes without headers.
  */
 static int read_records(const struct saved_source *file, const struct qpc_saved_run *run,
                         uint64_t page, uint32_t count, char *buffer)

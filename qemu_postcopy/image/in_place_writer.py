@@ -186,7 +186,7 @@ def _require_time(path: Path, descriptor: int, summary: StreamSummary) -> None:
     if size > rate * seconds * LEASE_SHARE:
         needed = int(size / rate / LEASE_SHARE) + 1
         raise InPlaceRefusedError(
-            f"the {size >> 20} MiB of {path} cannot be read in the {seconds} s that the kernel "
+            f"the {size >> 20} MiB of {path} cannot be read in the {seconds:g} s that the kernel "
             "keeps whoever overwrites it waiting",
             hint=f"raise that, if you want: sysctl fs.lease-break-time={needed}",
         )

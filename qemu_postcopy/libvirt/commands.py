@@ -82,7 +82,7 @@ def restore_by_libvirt(
     remove_ended()
     run = RunDirectory.create(rest["name"] or run_name_of(name))
     try:
-        with byte_progress("converting") as progress:
+        with byte_progress("reading the save file") as progress:
             saved = open_saved(
                 source,
                 keep_image,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import queue
 import signal
@@ -45,12 +46,15 @@ _WHY = {
 }
 
 
-def break_seconds() -> int:
-    """For how long the kernel keeps a writer waiting at most; 0 where it does not say."""
+def break_seconds() -> float:
+    """For how long the kernel keeps a writer waiting at most; 0 where it does not say.
+
+    Infinite where the setting is 0: then a lease is never broken by force (past_time, fs/locks.c).
+    """
     try:
-        return int(_BREAK_TIME.read_text())
+        return int(_BREAK_TIME.read_text()) or math.inf
     except (OSError, ValueError):
-        return 0
+        return 0.0
 
 
 class Lease:

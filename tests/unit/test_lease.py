@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qemu_postcopy.errors import LeaseRefusedError
+from qemu_postcopy.paging import lease as lease_module
 from qemu_postcopy.paging.lease import Lease, break_seconds
 
 CONTENT = b"page data"
@@ -88,5 +90,13 @@ def test_a_file_that_is_being_written_is_not_leased(tmp_path: Path) -> None:
         Lease(file.fileno()).release()
 
 
-def test_the_kernel_says_how_long_it_keeps_writers_waiting() -> None:
-    assert break_seconds() >= 0
+def test_the_kernel_says_how_long_it_keeps_writers_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert break_seconds() > 0
+    told = tmp_path / "lease-break-time"
+    monkeypatch.setattr(lease_module, "_BREAK_TIME", told)
+    assert break_seconds() == 0
+    for text, seconds in (("45\n", 45), ("0\n", math.inf)):
+        told.write_text(text)
+        assert break_seconds() == seconds
