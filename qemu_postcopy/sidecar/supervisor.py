@@ -41,8 +41,8 @@ def supervise(run: RunDirectory, said: Callable[[str], None] = log.warning) -> N
                 return
             began = time.monotonic()
             trouble = _take_over(run, said)
-        except (OSError, PostcopyError) as error:
-            # No process or descriptor to be had, or a record that cannot be read now.
+        except (OSError, ValueError, PostcopyError) as error:
+            # No process or descriptor to be had, a record that cannot be read now, half a report.
             trouble = error.message if isinstance(error, PostcopyError) else str(error)
             said(f"{run.name} cannot be watched over just now: {trouble}")
         if not trouble and time.monotonic() - began >= SOON_SECONDS:

@@ -27,8 +27,9 @@ def pool(run_dir: Path, reserve_huge_pages: Callable[[int], None]) -> Iterator[P
     reserve_huge_pages(ROOM_PAGES * HUGE_PAGE_BYTES)
     folder = run_dir / "huge"
     folder.mkdir()
-    size = f"pagesize=2M,size={ROOM_PAGES * HUGE_PAGE_BYTES}"
-    subprocess.run(["mount", "-t", "hugetlbfs", "-o", size, "none", folder], check=True)
+    room = ROOM_PAGES * HUGE_PAGE_BYTES
+    options = f"pagesize=2M,size={room},min_size={room}"
+    subprocess.run(["mount", "-t", "hugetlbfs", "-o", options, "none", folder], check=True)
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
