@@ -630,7 +630,8 @@ def supervise(name: str) -> None:
     nobody: the sidecar serves on.
 
     `restore --supervise` starts the same in the background. For systemd there is a unit:
-    share/qemu-postcopy/qemu-postcopy-supervise@.service where the package is installed.
+    share/qemu-postcopy/qemu-postcopy-supervise@.service where the package is installed. It says how
+    to write the path of a program into it that is neither in /usr/bin nor in /usr/local/bin.
 
     \b
     Examples:

@@ -201,13 +201,6 @@ class GuestEndedError(PostcopyError):
     exit_code = 13
 
 
-class SourceError(PostcopyError):
-    """Page data cannot be had.  The guest waits; nothing is made up in its place."""
-
-    exit_code = 9
-    retryable = True
-
-
 class StateError(PostcopyError):
     """A step was asked for in the wrong state; both states are named in the message."""
 

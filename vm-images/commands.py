@@ -40,7 +40,12 @@ def images_commands() -> None:
 @_CACHE
 @_JSON
 def build_command(cache_dir: Path | None, as_json: bool) -> None:
-    """Build the test guest, or find it in the cache."""
+    """Build the test guest, or find it in the cache.
+
+    \b
+    Example:
+      qemu-postcopy images build
+    """
     from qemu_postcopy.images.builder import build
 
     image = build(cache_dir, _progress)
@@ -59,7 +64,12 @@ def build_command(cache_dir: Path | None, as_json: bool) -> None:
 @_CACHE
 @_JSON
 def check_command(cache_dir: Path | None, as_json: bool) -> None:
-    """Build the test guest twice and compare the bytes.  Exit 1 if they differ."""
+    """Build the test guest twice and compare the bytes.  Exit status 1 if they differ.
+
+    \b
+    Example:
+      qemu-postcopy images check
+    """
     from qemu_postcopy.images.builder import check
 
     report = check(cache_dir, _progress)
@@ -80,7 +90,12 @@ def check_command(cache_dir: Path | None, as_json: bool) -> None:
 @_CACHE
 @_JSON
 def qemu_command(suite: str, cache_dir: Path | None, as_json: bool) -> None:
-    """Unpack the QEMU of another suite beside the host's own."""
+    """Unpack the QEMU of another suite beside the host's own.
+
+    \b
+    Example:
+      qemu-postcopy images qemu --suite bookworm-backports
+    """
     from qemu_postcopy.images.qemu_versions import fetch_qemu
 
     install = fetch_qemu(suite, cache_dir, _progress)
@@ -101,7 +116,12 @@ def qemu_command(suite: str, cache_dir: Path | None, as_json: bool) -> None:
 @_CACHE
 @_JSON
 def libvirt_command(suite: str, cache_dir: Path | None, as_json: bool) -> None:
-    """Unpack the libvirt and the QEMU of another suite beside the host's own."""
+    """Unpack the libvirt and the QEMU of another suite beside the host's own.
+
+    \b
+    Example:
+      qemu-postcopy images libvirt --json
+    """
     from qemu_postcopy.images.libvirt_versions import fetch_libvirt
 
     install = fetch_libvirt(suite, cache_dir, _progress)

@@ -98,6 +98,11 @@ def doctor_command(as_json: bool, install: bool, dry_run: bool) -> None:
 
     Everything is probed by doing it, with the rights of the caller: run it as the user who runs
     QEMU, or as root.
+
+    \b
+    Examples:
+      qemu-postcopy doctor
+      qemu-postcopy doctor --install --dry-run
     """
     from qemu_postcopy.doctor import probe_host
     from qemu_postcopy.errors import HostError, UsageError

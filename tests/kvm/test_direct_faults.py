@@ -59,10 +59,9 @@ def test_every_word_is_intact_that_ring_3_and_ring_0_fault_in(
     guest.ask("cont")
     wait_whole_passes(guest, 2)
     assert passes(guest)[0].number > last
-    if guest.sidecar is not None and guest.registered_ranges():
-        after = guest.status()["statistics"]
-        print(f"{after['faults']} faults, {pages} pages of pattern")
-        assert after["faults"] >= pages
+    after = guest.status()["statistics"]  # the last ones, where its sidecar has left it
+    print(f"{after['faults']} faults, {pages} pages of pattern")
+    assert after["faults"] >= pages
     assert guest.ask("query-kvm")["enabled"] == (accelerator.name == "kvm")
 
 
