@@ -11,10 +11,12 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,20 @@ from typing import Any
 import click
 
 from qemu_postcopy.cli import size
-from qemu_postcopy.errors import ContentError, HostError, PostcopyError, SidecarError
+from qemu_postcopy.errors import (
+    ContentError,
+    HostError,
+    PostcopyError,
+    SidecarError,
+    TargetGoneError,
+)
 from qemu_postcopy.image.convert import export
 from qemu_postcopy.image.image import Image
 from qemu_postcopy.images.builder import build
 from qemu_postcopy.images.console import Bad, ConsoleParser, Failure, Ready, Tick
 from qemu_postcopy.images.guest_image import GuestImage
 from qemu_postcopy.paging.pager import TIMELINE_BUCKET_SECONDS
+from qemu_postcopy.sidecar.rundir import RunDirectory
 from qemu_postcopy.snapshot import SnapshotOptions, snapshot
 from qemu_postcopy.vm.async_page_faults import launch_offering
 from qemu_postcopy.vm.console import Console
@@ -75,6 +84,11 @@ class Verdict:
         # Raised in a reader's callback it would reach nobody.
         self._complaint = self._complaint or message
 
+    @property
+    def bad_words(self) -> int:
+        """As the guest has counted them up to its last tick."""
+        return self.last.bad_words if self.last is not None else 0
+
     def check(self) -> None:
         """Raises ContentError if the guest found a wrong word, or failed."""
         if self._complaint:
@@ -98,6 +112,7 @@ class Outcome:
     faults: int
     bytes_read: int
     passes_verified: int
+    bad_words: int
     ticks: tuple[int, int]
 
 
@@ -132,7 +147,7 @@ class Demo:
             "ram_bytes": sum(block.size_bytes for block in image.manifest.blocks),
             "outcomes": [asdict(eager), asdict(lazy)],
             "statistics": statistics,
-            "bad_words": 0,
+            "bad_words": sum(outcome.bad_words for outcome in (eager, lazy)),
         }
 
     def spec(self, guest: GuestImage) -> VmSpec:
@@ -190,6 +205,7 @@ class Demo:
             0,
             read_bytes,
             verdict.passes_since_first(),
+            verdict.bad_words,
             _ticks(verdict),
         )
 
@@ -218,7 +234,14 @@ class Demo:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
-            output, errors = await command.communicate()
+            try:
+                output, errors = await command.communicate()
+            except BaseException:  # Ctrl-C: a guest that the command leaves running is the demo's
+                with suppress(ProcessLookupError):
+                    command.terminate()
+                await command.wait()
+                self._end_lazy()
+                raise
             if command.returncode:
                 raise SidecarError(
                     f"the lazy restore failed ({command.returncode}): {errors.decode().strip()}"
@@ -234,9 +257,22 @@ class Demo:
             statistics["faults"],
             statistics["bytes_read"],
             verdict.passes_since_first(),
+            verdict.bad_words,
             _ticks(verdict),
         )
         return outcome, statistics
+
+    def _end_lazy(self) -> None:
+        """Ends what a restore that was interrupted has come to."""
+        record = RunDirectory(self.directory / "run" / "demo").read_record(missing_ok=True)
+        if record is None:
+            return
+        with suppress(TargetGoneError, ProcessLookupError):
+            if record.pid:
+                with QemuHandle(record.pid):
+                    pass  # it is killed at the end of the block, and its sidecar ends with it
+            elif record.sidecar_pid:
+                os.kill(record.sidecar_pid, signal.SIGTERM)
 
     async def verify(
         self, console: Console, qemu: QemuProcess | QemuHandle, verdict: Verdict, before: int
@@ -318,8 +354,6 @@ class QemuHandle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        import signal
-
         if self._identity.is_alive():
             signal.pidfd_send_signal(self._identity.pidfd, signal.SIGKILL)
         self._identity.close()
@@ -375,7 +409,9 @@ def show(result: dict[str, Any]) -> None:
     terminal.print("faults over time, from the first page served:")
     for line in chart(result["statistics"]["timeline"]):
         terminal.print(line, highlight=False, markup=False, soft_wrap=True)
-    terminal.print("0 wrong words: the guest verified every page, in both ways.")
+    terminal.print(
+        f"{result['bad_words']} wrong words: the guest verified every page, in both ways."
+    )
 
 
 @click.command("demo")
