@@ -41,6 +41,7 @@ GAUGES = {
     "pages_data": "Pages that the image has data for.",
     "pages_data_missing": "Of these, not present yet.",
     "pages_removed": "Pages given back by the guest.",
+    "pages_foreign": "Pages that another process made, of zeros, before they were filled: damage.",
 }
 
 

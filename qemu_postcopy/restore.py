@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qemu_postcopy.errors import (
+    ContentError,
     GuestEndedError,
     MismatchError,
     OperationCancelledError,
@@ -31,6 +32,7 @@ from qemu_postcopy.errors import (
     UsageError,
 )
 from qemu_postcopy.launched import LaunchedSession
+from qemu_postcopy.plugged import PlugWatch
 from qemu_postcopy.session import Session, SessionOptions, StateChange
 from qemu_postcopy.sidecar.control import ControlServer
 from qemu_postcopy.sidecar.rundir import RunDirectory
@@ -160,19 +162,26 @@ async def serve_to_the_end(session: Session) -> None:
     finally:
         going_on.cancel()
         await asyncio.wait({going_on})
+    if damage := session.damage():
+        session.tell_failure(ContentError(damage, hint="see its log for what was plugged in"))
     session.detach()
 
 
 async def _after_first_steps(session: Session, complete: asyncio.Event) -> None:
     """Begins to fill what nobody asks for, and asks QEMU a few questions, and leaves its monitor to
-    others: not while the guest does its first steps, which all that would slow down."""
+    others: not while the guest does its first steps, which all that would slow down.  From then on
+    it is looked what is plugged in."""
     if session.has_just_begun():
         with suppress(TimeoutError):
             async with asyncio.timeout(FIRST_STEPS_SECONDS):
                 await complete.wait()
     session.start_background()
     await session.learn_threads()
-    await session.release_monitor()
+    watch = PlugWatch(session)
+    await watch.begin(session.connection)
+    if not session.has_own_monitor():
+        await session.release_monitor()
+    await watch.watch(complete, session.connection)
 
 
 async def serve_on(session: Session, error: Exception, mapper: str = "QEMU") -> NoReturn:
@@ -297,6 +306,8 @@ def command_line(manifest: Any, options: RestoreOptions, run: RunDirectory) -> l
 
 def handlers(session: Session) -> dict[str, Any]:
     async def status(_: dict[str, Any]) -> dict[str, Any]:
+        if session.look_again is not None:
+            await session.look_again()
         return describe(session)
 
     async def background(request: dict[str, Any]) -> dict[str, Any]:

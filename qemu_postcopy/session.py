@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from qemu_postcopy.paging.pager import Pager, PagerBlock, Statistics
     from qemu_postcopy.paging.prefetch import WorkingSet
     from qemu_postcopy.paging.source import Source
+    from qemu_postcopy.plugged import Held
     from qemu_postcopy.vm.attach import TakenDescriptor
     from qemu_postcopy.vm.launch import QemuProcess
     from qemu_postcopy.vm.layout import RamBlock
@@ -223,6 +224,16 @@ class Session:
         self._resumed = False
         #: why the guest was loaded and not let run
         self._failure: PostcopyError | None = None
+        #: why the guest is kept from running, in words, or empty; and how (:mod:`.plugged`)
+        self._held_back = ""
+        self.held: Held = ""
+        #: asks QEMU what memory it has now, while there is somebody to ask
+        self.look_again: Callable[[], Awaitable[None]] | None = None
+        # By the ids of memory back-ends: sizes of those that came later, and those that have gone.
+        self._plugged_in: dict[str, int] = {}
+        self._taken_away: set[str] = set()
+        #: whether a page was found that another process has made: see :meth:`damage`
+        self.damaged = False
         self._asked_async: bool | None = None
         # QEMU let it run by itself, when its state was loaded.
         self._runs = False
@@ -401,6 +412,7 @@ class Session:
         self._cleanup.callback(self.identity.close)
         self.launched_ns, self._owned_before = record.launched_ns, record.owned
         self._monitor, self._presumed = record.qmp, record.presumed
+        self.held = "frozen" if record.held == "frozen" else "stopped" if record.held else ""
         recorded = [
             RamBlock(**{**block, "file_key": tuple(block["file_key"] or ()) or None})
             for block in record.blocks
@@ -706,6 +718,48 @@ class Session:
         except PostcopyError as error:
             log.info("the monitor is in use, faults are not told apart: %s", error.message)
 
+    @property
+    def monitor(self) -> str:
+        """Where QEMU's monitor is: a path, or libvirt:URI#UUID."""
+        return self._monitor
+
+    @property
+    def connection(self) -> Monitor | None:
+        """The connection to the monitor, until :meth:`release_monitor`."""
+        return self._qmp
+
+    def has_own_monitor(self) -> bool:
+        """Whether the connection is to a monitor that QEMU has for this session alone."""
+        return self._owned is not None
+
+    def note_held(self, held: Held) -> None:
+        """The guest is about to be kept from running until it is complete, or to go on."""
+        self.held = held
+        with contextlib.suppress(OSError, PostcopyError):
+            self.run.update_record(held=held)
+
+    def tell_held_back(self, why: str) -> None:
+        """Why it is kept from running, in words; '' when it goes on."""
+        if why and why != self._held_back:
+            log.error("%s", why)
+        self._held_back = why
+
+    def note_backends(self, backends: Sequence[Mapping[str, Any]]) -> None:
+        """What memory QEMU has now, as `query-memdev` lists it: what came later is new, so that
+        nothing of it is missing; what has gone is missed by nobody."""
+        there = {str(entry.get("id")): int(entry["size"]) for entry in backends}
+        ours = {block.backend_id for block in self._layout}
+        self._plugged_in = {name: size for name, size in there.items() if name not in ours}
+        self._taken_away = ours - there.keys()
+
+    def damage(self) -> str:
+        """What is wrong with the guest's memory, in words, or an empty string."""
+        from qemu_postcopy.plugged import damage_words
+
+        if self.pager is None:
+            return ""
+        return damage_words(asdict(self.pager.statistics()), [block.name for block in self._layout])
+
     def has_guest(self) -> bool:
         """True while there is a guest that depends on this session."""
         return self._unsettled or self.state in GUEST_STATES
@@ -782,6 +836,7 @@ class Session:
                 state = self.pager.statistics().state
                 if self.accounts is not None:
                     self.accounts.name_threads()
+                self.damaged = bool(self.damage())
                 if trouble != (trouble := self.trouble()):
                     log.warning(trouble or "page data can be had again")
                 if state is PagerState.MAPPER_GONE:
@@ -881,10 +936,15 @@ class Session:
         return self._started_pager().statistics()
 
     def told(self) -> dict[str, Any]:
-        """``origins``, ``vcpus`` and ``blocks`` of `status`; all empty before there is a pager."""
+        """``origins``, ``vcpus``, ``blocks`` and ``plugged_in`` of `status`; all empty before there
+        is a pager."""
         if self.accounts is None:
-            return {"origins": {}, "vcpus": {}, "blocks": []}
-        return self.accounts.describe()
+            return {"origins": {}, "vcpus": {}, "blocks": [], "plugged_in": []}
+        told = self.accounts.describe()
+        for block, entry in zip(self._layout, told["blocks"], strict=True):
+            entry["taken_away"] = block.backend_id in self._taken_away
+        came = [{"name": name, "bytes": size} for name, size in self._plugged_in.items()]
+        return {**told, "plugged_in": came}
 
     def trouble(self) -> str:
         """Why faults wait, in words, or an empty string while all is well."""
@@ -892,7 +952,7 @@ class Session:
         stands = self.state in (State.SERVING, State.LOADED)
         if not trouble and self._failure is not None and stands:
             trouble = f"{self._failure.message}; {self._failure.hint}"
-        return trouble
+        return "; ".join(part for part in (self.damage(), trouble, self._held_back) if part)
 
     # --- inside ----------------------------------------------------------------------------------
 
@@ -962,6 +1022,7 @@ class Session:
                 owned=self.launched_ns != 0,
                 qmp=self._monitor,
                 presumed=self._presumed,
+                held=self.held,
                 paused=options.paused,
                 stay=options.stay,
                 background=options.background,

@@ -44,8 +44,11 @@ def collect(name: str | None = None, timeout: float = ANSWER_TIMEOUT) -> list[di
     behalf; ``async_page_faults``: `on` where the guest takes part, `offered` where it had not asked
     for them when it was saved, `off` where its CPU does not offer them, else `unknown`), ``blocks``
     (each with ``name``, ``page_size``, ``pages``, ``faults``, ``waiting``, ``pages_data``,
-    ``pages_data_missing``, ``pages_removed``, ``pages_unmapped``: all where the block was taken
-    away).  Counts begin anew when another sidecar takes over.
+    ``pages_data_missing``, ``pages_removed``, ``pages_unmapped``; ``taken_away``: QEMU has it no
+    more, as far as is known), ``plugged_in`` (``name`` and ``bytes`` of memory that came later and
+    is not paged: there is nothing missing).  What was taken away or plugged in is known at once of
+    a guest that was launched here, else when QEMU has opened something since.  Counts begin anew
+    when another sidecar takes over.
 
     Raises:
         SidecarError: no guest of that name is known, or its record is damaged.
@@ -96,8 +99,13 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
         "origins": record.origins,
         "vcpus": record.vcpus,
         "blocks": record.block_counts,
+        "plugged_in": [],
     }
     state, trouble = standing(directory, record)
+    if not trouble and record.statistics.get("pages_foreign"):
+        from qemu_postcopy.plugged import damage_words
+
+        trouble = damage_words(record.statistics, [block["name"] for block in record.blocks])
     entry.update(state=state, trouble=trouble)
     if state not in DEPENDENT and not (
         record.attached_by == "handshake" and state in UNBORN  # then there is a guest at once
@@ -186,8 +194,22 @@ def _lines(guests: list[dict[str, Any]]) -> list[Text]:
             lines.append(Text(f"{guest['name']}: {_chaos_line(guest['chaos'])}", style="yellow"))
         if guest["origins"]:
             lines.append(Text(f"{guest['name']}: {_origins_line(guest['origins'])}", style="dim"))
+        for text in _memory_lines(guest):
+            lines.append(Text(f"{guest['name']}: {text}", style="dim"))
         if guest["vcpus"].get("count"):
             lines.append(Text(f"{guest['name']}: {vcpus_line(guest['vcpus'])}", style="dim"))
+    return lines
+
+
+def _memory_lines(guest: dict[str, Any]) -> list[str]:
+    """Memory that came or went since."""
+    came = [f"{one['name']} ({one['bytes'] >> 20} MiB)" for one in guest["plugged_in"]]
+    gone = [block["name"] for block in guest["blocks"] if block.get("taken_away")]
+    lines = []
+    if came:
+        lines.append(f"plugged in since, nothing of it missing: {', '.join(came)}")
+    if gone:
+        lines.append(f"taken away since: {', '.join(gone)}")
     return lines
 
 

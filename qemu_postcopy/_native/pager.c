@@ -162,6 +162,7 @@ static void count_pages(struct qpc_pager *p)
             if (state == QPC_PAGE_FILLING) {
                 __atomic_store_n(&b->is.ledger[page], QPC_PAGE_MISSING, __ATOMIC_RELAXED);
                 state = QPC_PAGE_MISSING;
+                p->unsettled++;
             }
             removed += state == QPC_PAGE_REMOVED || state == QPC_PAGE_RETURNED;
             unmapped += state == QPC_PAGE_UNMAPPED;

@@ -87,6 +87,10 @@ struct qpc_pager_statistics {
     uint64_t pages_removed;      /* given back by the guest */
     uint64_t bytes_read;         /* from the source */
     uint64_t already_present;    /* EEXIST answers */
+    uint64_t pages_foreign;      /* with data, and there before they were filled: another process that
+                                    maps this memory has made them, of zeros */
+    uint64_t foreign_block;      /* index; of the first of these */
+    uint64_t foreign_page;       /* index */
     uint64_t retries;            /* EAGAIN answers */
     uint64_t events_remove;
     uint64_t events_unmap;

@@ -82,6 +82,27 @@ enum fill qpc_pager_note_source_error(struct qpc_pager *p, const struct block *b
 }
 
 /*
+ * Of a page that was to be filled and was there: nobody else fills, and all memory was empty at first
+ * (vm/emptiness.py), so another process that maps this memory has touched it, for which the kernel
+ * made a page of zeros without asking us.
+ */
+static void note_foreign(struct qpc_pager *p, const struct block *b, uint64_t page)
+{
+    if (p->unsettled) {
+        p->unsettled--;
+        return;
+    }
+    if (!GET(p->statistics.pages_foreign)) {
+        SET(p->statistics.foreign_block, (uint64_t)(b - p->blocks));
+        SET(p->statistics.foreign_page, page);
+        COUNT(p->statistics.pages_foreign, 1u);
+        qpc_pager_notify(p);
+        return;
+    }
+    COUNT(p->statistics.pages_foreign, 1u);
+}
+
+/*
  * Fills [page, page+count) with the buffer (data) or with zeros. Pages are FILLING on entry for
  * data; for zeros `final` is the state they get.
  */
@@ -138,6 +159,8 @@ static enum fill fill_pages(struct qpc_pager *p, struct block *b, uint64_t page,
                 return FILL_DOUBTFUL;
             /* Somebody was quicker, or a second message for a page that is there. */
             COUNT(p->statistics.already_present, 1u);
+            if (data && has_data(b, page))
+                note_foreign(p, b, page);
             if (page_state(b, page) != QPC_PAGE_REMOVED)
                 qpc_pager_set_pages(p, b, page, 1, QPC_PAGE_PRESENT);
             qpc_pager_wake(p, b->is.address + (page << b->page_shift), page_size);

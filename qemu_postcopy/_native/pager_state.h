@@ -94,6 +94,8 @@ struct qpc_pager {
     uint32_t wake_count;
     int wake_later;
 
+    uint64_t unsettled; /* pages that a pager before this one was filling: they may have arrived */
+
     uint64_t background_block;
     int64_t background_tokens; /* bytes; at most a burst */
     uint64_t background_refill_ns;
@@ -138,7 +140,7 @@ struct qpc_pager {
     struct {
         _Atomic uint64_t state, faults, faults_waiting, pages_total, pages_data, pages_data_missing,
             pages_demand, pages_background, pages_prefetched, pages_zero, pages_removed, bytes_read, already_present,
-            retries, events_remove, events_unmap, events_other, wakes, source_errors, fill_errors,
+            pages_foreign, foreign_block, foreign_page, retries, events_remove, events_unmap, events_other, wakes, source_errors, fill_errors,
             last_error, last_error_block, last_error_page, failing, reading_since_ns, reading_block,
             reading_page, spins_hit, spins_missed, started_ns,
             first_fault_ns, last_fault_ns, complete_ns, latency_us[24];

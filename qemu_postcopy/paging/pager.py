@@ -86,6 +86,9 @@ class Statistics:
     pages_removed: int
     bytes_read: int
     already_present: int
+    pages_foreign: int
+    foreign_block: int
+    foreign_page: int
     retries: int
     events_remove: int
     events_unmap: int

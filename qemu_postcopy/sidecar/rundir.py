@@ -108,6 +108,8 @@ class SessionRecord:
     paused: bool = False
     #: whether it is served on when it has all of its memory, until it ends
     stay: bool = False
+    #: how it is kept from running until it is complete, if it is: `stopped` or `frozen`
+    held: str = ""
     background: bool = True
     background_rate: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)

@@ -98,12 +98,14 @@ def resize(guest: Guest, device: str, size_mib: int) -> None:
 
 def plug_dimm(guest: Guest, number: int, kind: MemoryKind, size_mib: int = DIMM_MIB) -> None:
     """DIMM `dimmN` of memory `dN`."""
+    properties: dict[str, Any] = {"hugetlb": True} if kind == "hugetlb" else {}
     guest.ask(
         "object-add",
         **{"qom-type": "memory-backend-ram" if kind == "anonymous" else "memory-backend-memfd"},
         id=f"d{number}",
         size=size_mib * MIB,
         share=kind != "anonymous",
+        **properties,
     )
     guest.ask("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=f"d{number}")
 

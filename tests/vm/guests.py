@@ -446,6 +446,12 @@ class SharedSnapshots:
             machine.kill()
         return self._made[key]
 
+    def once(self, key: tuple[object, ...], make: Callable[[Path], Snapshot]) -> Snapshot:
+        """Another kind, made by ``make`` in the place that it is given."""
+        if key not in self._made:
+            self._made[key] = make(self._path())
+        return self._made[key]
+
     def _path(self) -> Path:
         return self.directory / f"{len(self._made)}.qpc"
 

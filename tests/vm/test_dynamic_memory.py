@@ -39,6 +39,8 @@ pytestmark = [pytest.mark.needs("uffd", "ptrace", "guest"), pytest.mark.timeout(
 PAGES_PER_MIB = 256
 VIRTIO_MEM_MIB = 256
 PLUGGED_MIB = 192
+#: No fault waits longer, in a storm of removals on a busy machine: 2^20 us are a second.
+LONGEST_WAIT_LOG2_US = 20
 EVERY_KIND = pytest.mark.parametrize(
     "kind", ["memfd", pytest.param("anonymous", marks=pytest.mark.soak)]
 )
@@ -144,8 +146,11 @@ def test_dimms_are_plugged_saved_restored_and_unplugged(
     assert memory_devices(lazy)["dimm0"]["size"] == DIMM_MIB * MIB
     # A second one comes while the guest is being filled, the first one goes.
     plug_dimm(lazy, 1, kind)
-    kill_and_recover(lazy)
+    assert lazy.status()["plugged_in"] == [{"name": "d1", "bytes": DIMM_MIB * MIB}]
     unplug_dimm(lazy, 0)
+    assert block(lazy, "d0")["taken_away"]
+    assert "d1 (128 MiB)" in cli("status", lazy.name).stdout
+    kill_and_recover(lazy)
     # QEMU 7.2 has no use for that memory any more, and keeps it mapped after an incoming migration.
     if not str(Image.open(first.image).manifest.qemu_version).startswith("7."):
         pages = DIMM_MIB * PAGES_PER_MIB
@@ -161,6 +166,69 @@ def test_dimms_are_plugged_saved_restored_and_unplugged(
     goes_on_from(guest, second)
     assert list(memory_devices(guest)) == ["dimm1"]
     unplug_dimm(guest, 1)
+    complete(guest)
+    guest.console.wait_passes(1)
+
+
+@pytest.mark.needs("hugetlb")
+def test_memory_of_huge_pages_comes_and_goes_while_it_is_missing(
+    qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
+) -> None:
+    """The guest itself finds all of it right; QEMU tells nobody of huge pages that go."""
+    lab.need_huge_pages((BASE_MIB + VIRTIO_MEM_MIB + 2 * DIMM_MIB) * MIB)
+    booted = boot(
+        lab, guest_image, qemu_binary, "hugetlb",
+        *("-device", "virtio-balloon-pci,id=b0"),
+        *("-object", lab.memory("hugetlb", VIRTIO_MEM_MIB * MIB, "v0").option()),
+        *("-device", f"virtio-mem-pci,id=vm0,memdev=v0,requested-size={PLUGGED_MIB}M"),
+        *("-object", lab.memory("hugetlb", DIMM_MIB * MIB, "d0").option()),
+        *("-device", "pc-dimm,id=dimm0,memdev=d0"),
+        words=f"qpc.memory={BASE_MIB}",
+    )  # fmt: skip
+    wait_until(lambda: memory_devices(booted)["vm0"]["size"] == PLUGGED_MIB * MIB, "it is plugged")
+    snapshot = take_snapshot(booted, run_dir / "image", qemu_binary, "hugetlb")
+    booted.kill()
+
+    guest = lab.restore(snapshot, "--no-background")
+    goes_on_from(guest, snapshot)
+    set_balloon(guest, BASE_MIB - BALLOON_MIB)
+    resize(guest, "vm0", 0)
+    plug_dimm(guest, 1, "hugetlb")
+    unplug_dimm(guest, 0)
+    kill_and_recover(guest)
+    guest.console.wait_passes(1)
+    set_balloon(guest, BASE_MIB)
+    resize(guest, "vm0", VIRTIO_MEM_MIB)
+    guest.console.wait_passes(1)
+    complete(guest)
+    resize(guest, "vm0", 64)
+    set_balloon(guest, BASE_MIB - BALLOON_MIB)
+    guest.console.wait_passes(1)
+
+
+@EVERY_KIND
+def test_no_fault_waits_long_while_a_balloon_is_inflated_again_and_again(
+    kind: MemoryKind, qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
+) -> None:
+    booted = boot(
+        lab, guest_image, qemu_binary, kind,
+        *("-smp", "2", "-device", "virtio-balloon-pci,id=b0"),
+    )  # fmt: skip
+    snapshot = take_snapshot(booted, run_dir / "image", qemu_binary, kind)
+    booted.kill()
+    guest = lab.restore(snapshot, "--no-background", "--chunk", "4K")
+    passes = guest.console.wait_more_ticks(1)[-1].passes
+    inflated = 0
+    # Each page that is put into it is a removal of its own.
+    while inflated < 2 or guest.console.ticks[-1].passes < passes + 2:
+        set_balloon(guest, BASE_MIB - BALLOON_MIB)
+        set_balloon(guest, BASE_MIB)
+        inflated += 1
+    told = guest.status()["statistics"]
+    print(f"{inflated} times inflated: {told}")
+    assert told["events_remove"] >= inflated * BALLOON_MIB * PAGES_PER_MIB // 2
+    assert told["faults"] > FILL_MIB // 2 * PAGES_PER_MIB
+    assert not any(told["latency_us"][LONGEST_WAIT_LOG2_US + 1 :])
     complete(guest)
     guest.console.wait_passes(1)
 
