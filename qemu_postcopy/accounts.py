@@ -209,10 +209,17 @@ class Accounts:
             return ""
         if statistics.failing:
             block = self._blocks[statistics.last_error_block].name
+            huge = self._blocks[statistics.last_error_block].page_size_bytes > 4096
             if statistics.last_error == errno.ENODATA:
                 reason = "the image's page file was cut short: put its data back"
             elif statistics.last_error == errno.ESTALE:
                 reason = f"{self._source} was written to since it is served: {self._put_back}"
+            elif statistics.last_error == errno.ENOMEM and huge:
+                # The kernel gives one answer for both (see fill_pages() in pager_fill.c).
+                reason = (
+                    "there is no memory for a huge page, or another process that maps this memory "
+                    "has made the page, of zeros"
+                )
             else:
                 reason = os.strerror(statistics.last_error)
             return (
