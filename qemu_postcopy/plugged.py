@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: How often it is looked what QEMU has open.  A Linux guest takes longer to start a device.
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.02
 #: How long a monitor may take to answer, until it counts as somebody else's for the moment.
 ASK_SECONDS = 0.25
+#: The same where libvirt is asked first, which has many to answer.
+ASK_LIBVIRT_SECONDS = 5.0
 #: How long it may take to answer all that is asked.
 ANSWER_SECONDS = 1.0
 #: How long whoever asks for the status waits for what QEMU says.
@@ -71,6 +73,7 @@ class PlugWatch:
         self._asked = False
         # QEMU's monitor, for as long as it is ours.
         self._qmp: Monitor | None = None
+        self._opened = asyncio.Event()
 
     async def begin(self, qmp: Monitor | None) -> None:
         """Notes what there is.  ``qmp``: the monitor, where there is a connection to it."""
@@ -96,21 +99,28 @@ class PlugWatch:
         Args:
             own: a monitor that is nobody else's; stays the caller's.
         """
-        self._session.look_again = None if own is None else lambda: self._look_again(own)
+        session = self._session
+        session.look_again = None if own is None else lambda: self._look_again(own)
+        if self._files is not None:
+            self._files.watch(self._note_opened, LOOK_SECONDS)
+        if not self._asked:
+            self._opened.set()
         try:
-            while not await _within(complete, LOOK_SECONDS):
-                if self._sign():
+            while not complete.is_set():
+                await first_of(complete, self._opened, session.damaged)
+                if self._opened.is_set() or session.damaged.is_set():
+                    self._opened.clear()
                     await self._investigate(complete, own)
             await self._let_go(own)
         finally:
-            self._session.look_again = None
+            session.look_again = None
             if self._files is not None:
                 self._files.close()
             await self._release()
 
-    def _sign(self) -> bool:
-        opened = self._files is not None and self._files.opened()
-        return opened or not self._asked or (self._session.damaged and not self._session.held)
+    def _note_opened(self) -> None:
+        if self._files is not None and self._files.opened():
+            self._opened.set()
 
     async def _investigate(self, complete: asyncio.Event, own: Monitor | None) -> None:
         """Asks QEMU, again and again while its monitor is in use, and acts."""
@@ -121,7 +131,7 @@ class PlugWatch:
             try:
                 qmp = await self._connect(own)
                 reasons = await self._ask(qmp)
-                if self._session.damaged and not reasons:
+                if self._session.damaged.is_set() and not reasons:
                     names = await asyncio.to_thread(self._other_mappers)
                     reasons = [f"another process maps its memory: {', '.join(names) or 'unseen'}"]
                 if reasons:
@@ -145,7 +155,9 @@ class PlugWatch:
         if own is not None:
             return own
         if self._qmp is None:
-            self._qmp = await connect(self._session.monitor, timeout=ASK_SECONDS)
+            address = self._session.monitor
+            timeout = ASK_SECONDS if address[:1] == "/" else ASK_LIBVIRT_SECONDS
+            self._qmp = await connect(address, timeout=timeout)
         return self._qmp
 
     async def _release(self) -> None:
@@ -188,14 +200,9 @@ class PlugWatch:
                 session.fill_at_full_speed()
                 waiting = asyncio.create_task(resumed.wait())
                 ending = asyncio.create_task(complete.wait())
-                try:
-                    await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for task in (waiting, ending):
-                        task.cancel()
-                    await asyncio.wait({waiting, ending})
-                if not waiting.cancelled() and waiting.exception() is not None:
-                    raise waiting.exception()  # type: ignore[misc]
+                await first_done(waiting, ending)
+                if waiting.done() and not waiting.cancelled():
+                    waiting.result()
 
     async def _doubt(self, error: PostcopyError) -> None:
         """Something was plugged in, and QEMU cannot be asked what.  To fill does no harm; where
@@ -252,6 +259,22 @@ class PlugWatch:
             session.note_held("")
             log.warning("all of the guest's memory is there: it goes on")
         session.tell_held_back("")
+
+
+async def first_of(*events: asyncio.Event) -> None:
+    """Waits for any of them."""
+    if not any(event.is_set() for event in events):
+        await first_done(*(asyncio.ensure_future(event.wait()) for event in events))
+
+
+async def first_done(*tasks: asyncio.Task[Any]) -> None:
+    """Waits until one has ended, and cancels the others."""
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def _within(event: asyncio.Event, seconds: float) -> bool:

@@ -233,7 +233,7 @@ class Session:
         self._plugged_in: dict[str, int] = {}
         self._taken_away: set[str] = set()
         #: whether a page was found that another process has made: see :meth:`damage`
-        self.damaged = False
+        self.damaged = asyncio.Event()
         self._asked_async: bool | None = None
         # QEMU let it run by itself, when its state was loaded.
         self._runs = False
@@ -836,7 +836,8 @@ class Session:
                 state = self.pager.statistics().state
                 if self.accounts is not None:
                     self.accounts.name_threads()
-                self.damaged = bool(self.damage())
+                if self.damage():
+                    self.damaged.set()
                 if trouble != (trouble := self.trouble()):
                     log.warning(trouble or "page data can be had again")
                 if state is PagerState.MAPPER_GONE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -94,3 +95,33 @@ def test_a_process_that_is_no_more_opens_nothing(watched: Watched) -> None:
     assert not watched.files.opened()
     with pytest.raises(OSError, match="No such"):
         OpenFiles(watched.process.pid, "")
+
+
+def test_whoever_watches_is_told(watched: Watched) -> None:
+    async def watch() -> None:
+        told = asyncio.Event()
+        watched.files.watch(told.set, 0.001)
+        watched.does("a = os.open('/dev/null', 0)")
+        await asyncio.wait_for(told.wait(), 60)
+        assert watched.files.opened()
+
+    asyncio.run(watch())
+
+
+def test_whoever_watches_is_told_also_where_the_number_of_files_is_the_same(
+    watched: Watched,
+) -> None:
+    watched.does("a = os.open('/dev/null', 0)")
+    watched.does("b = os.open('/dev/null', 0)")
+    watched.does("os.close(a)")
+    watched.files.close()
+    watched.files = OpenFiles(watched.process.pid, watched.monitor)
+
+    async def watch() -> None:
+        told = asyncio.Event()
+        watched.does("a = os.open('/dev/null', 0); c = os.dup(a); os.close(a); os.close(b)")
+        watched.files.watch(told.set, 0.001)
+        await asyncio.wait_for(told.wait(), 60)
+        assert watched.files.opened()
+
+    asyncio.run(watch())

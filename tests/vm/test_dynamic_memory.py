@@ -172,21 +172,22 @@ def test_dimms_are_plugged_saved_restored_and_unplugged(
 
 @pytest.mark.needs("hugetlb")
 def test_memory_of_huge_pages_comes_and_goes_while_it_is_missing(
-    qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
+    qemu: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
 ) -> None:
     """The guest itself finds all of it right; QEMU tells nobody of huge pages that go."""
     lab.need_huge_pages((BASE_MIB + VIRTIO_MEM_MIB + 2 * DIMM_MIB) * MIB)
     booted = boot(
-        lab, guest_image, qemu_binary, "hugetlb",
+        lab, guest_image, qemu, "hugetlb",
         *("-device", "virtio-balloon-pci,id=b0"),
         *("-object", lab.memory("hugetlb", VIRTIO_MEM_MIB * MIB, "v0").option()),
         *("-device", f"virtio-mem-pci,id=vm0,memdev=v0,requested-size={PLUGGED_MIB}M"),
-        *("-object", lab.memory("hugetlb", DIMM_MIB * MIB, "d0").option()),
-        *("-device", "pc-dimm,id=dimm0,memdev=d0"),
-        words=f"qpc.memory={BASE_MIB}",
+        words=f"qpc.memory={BASE_MIB}", ready=False,
     )  # fmt: skip
-    wait_until(lambda: memory_devices(booted)["vm0"]["size"] == PLUGGED_MIB * MIB, "it is plugged")
-    snapshot = take_snapshot(booted, run_dir / "image", qemu_binary, "hugetlb")
+    booted.console.wait_more_ticks(1)
+    plug_dimm(booted, 0, "hugetlb")
+    wait_ready(booted)
+    snapshot = take_snapshot(booted, run_dir / "image", qemu, "hugetlb")
+    assert all(len(patterned(snapshot, name)) > PAGES_PER_MIB for name in ("v0", "d0"))
     booted.kill()
 
     guest = lab.restore(snapshot, "--no-background")
@@ -199,7 +200,6 @@ def test_memory_of_huge_pages_comes_and_goes_while_it_is_missing(
     guest.console.wait_passes(1)
     set_balloon(guest, BASE_MIB)
     resize(guest, "vm0", VIRTIO_MEM_MIB)
-    guest.console.wait_passes(1)
     complete(guest)
     resize(guest, "vm0", 64)
     set_balloon(guest, BASE_MIB - BALLOON_MIB)
@@ -208,13 +208,12 @@ def test_memory_of_huge_pages_comes_and_goes_while_it_is_missing(
 
 @EVERY_KIND
 def test_no_fault_waits_long_while_a_balloon_is_inflated_again_and_again(
-    kind: MemoryKind, qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
+    kind: MemoryKind, qemu: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
 ) -> None:
     booted = boot(
-        lab, guest_image, qemu_binary, kind,
-        *("-smp", "2", "-device", "virtio-balloon-pci,id=b0"),
-    )  # fmt: skip
-    snapshot = take_snapshot(booted, run_dir / "image", qemu_binary, kind)
+        lab, guest_image, qemu, kind, *("-smp", "2", "-device", "virtio-balloon-pci,id=b0")
+    )
+    snapshot = take_snapshot(booted, run_dir / "image", qemu, kind)
     booted.kill()
     guest = lab.restore(snapshot, "--no-background", "--chunk", "4K")
     passes = guest.console.wait_more_ticks(1)[-1].passes
@@ -225,10 +224,14 @@ def test_no_fault_waits_long_while_a_balloon_is_inflated_again_and_again(
         set_balloon(guest, BASE_MIB)
         inflated += 1
     told = guest.status()["statistics"]
-    print(f"{inflated} times inflated: {told}")
+    longest = max(i for i, count in enumerate(told["latency_us"]) if count)
+    print(
+        f"{inflated} times inflated, {told['events_remove']} removals, {told['faults']} faults, "
+        f"each answered in less than {1 << longest} us"
+    )
     assert told["events_remove"] >= inflated * BALLOON_MIB * PAGES_PER_MIB // 2
     assert told["faults"] > FILL_MIB // 2 * PAGES_PER_MIB
-    assert not any(told["latency_us"][LONGEST_WAIT_LOG2_US + 1 :])
+    assert longest <= LONGEST_WAIT_LOG2_US
     complete(guest)
     guest.console.wait_passes(1)
 
