@@ -187,7 +187,8 @@ def test_memory_of_huge_pages_comes_and_goes_while_it_is_missing(
     plug_dimm(booted, 0, "hugetlb")
     wait_ready(booted)
     snapshot = take_snapshot(booted, run_dir / "image", qemu, "hugetlb")
-    assert all(len(patterned(snapshot, name)) > PAGES_PER_MIB for name in ("v0", "d0"))
+    held = sum(len(patterned(snapshot, name)) for name in ("v0", "d0"))
+    assert held > FILL_MIB // 2 * PAGES_PER_MIB, "the guest has its data in what comes and goes"
     booted.kill()
 
     guest = lab.restore(snapshot, "--no-background")
