@@ -292,10 +292,10 @@ def damage_words(statistics: Mapping[str, Any], blocks: list[str]) -> str:
     pages = statistics.get("pages_foreign", 0)
     if not pages:
         return ""
-    index = statistics["foreign_block"]
+    index = statistics.get("foreign_block", 0)
     block = blocks[index] if index < len(blocks) else f"number {index}"
     return (
         f"memory of this guest is wrong: {pages} pages were touched by another process, which maps "
         "it too, before they were filled, and are zeros but for what that wrote; the first is "
-        f"page {statistics['foreign_page']} of block {block}: restore the guest anew"
+        f"page {statistics.get('foreign_page', 0)} of block {block}: restore the guest anew"
     )

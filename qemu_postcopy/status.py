@@ -84,6 +84,7 @@ def _blank(directory: RunDirectory) -> dict[str, Any]:
         "origins": {},
         "vcpus": {},
         "blocks": [],
+        "plugged_in": [],
     }
 
 
@@ -99,7 +100,6 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
         "origins": record.origins,
         "vcpus": record.vcpus,
         "blocks": record.block_counts,
-        "plugged_in": [],
     }
     state, trouble = standing(directory, record)
     if not trouble and record.statistics.get("pages_foreign"):
@@ -137,6 +137,7 @@ def require_types(record: SessionRecord) -> None:
         "statistics": dict,
         "origins": dict,
         "vcpus": dict,
+        "blocks": list,
         "block_counts": list,
     }
     for name, kind in wanted.items():
