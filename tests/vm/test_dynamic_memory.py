@@ -170,43 +170,6 @@ def test_dimms_are_plugged_saved_restored_and_unplugged(
     guest.console.wait_passes(1)
 
 
-@pytest.mark.needs("hugetlb")
-def test_memory_of_huge_pages_comes_and_goes_while_it_is_missing(
-    qemu: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
-) -> None:
-    """The guest itself finds all of it right; QEMU tells nobody of huge pages that go."""
-    lab.need_huge_pages((BASE_MIB + VIRTIO_MEM_MIB + 2 * DIMM_MIB) * MIB)
-    booted = boot(
-        lab, guest_image, qemu, "hugetlb",
-        *("-device", "virtio-balloon-pci,id=b0"),
-        *("-object", lab.memory("hugetlb", VIRTIO_MEM_MIB * MIB, "v0").option()),
-        *("-device", f"virtio-mem-pci,id=vm0,memdev=v0,requested-size={PLUGGED_MIB}M"),
-        words=f"qpc.memory={BASE_MIB}", ready=False,
-    )  # fmt: skip
-    booted.console.wait_more_ticks(1)
-    plug_dimm(booted, 0, "hugetlb")
-    wait_ready(booted)
-    snapshot = take_snapshot(booted, run_dir / "image", qemu, "hugetlb")
-    held = sum(len(patterned(snapshot, name)) for name in ("v0", "d0"))
-    assert held > FILL_MIB // 2 * PAGES_PER_MIB, "the guest has its data in what comes and goes"
-    booted.kill()
-
-    guest = lab.restore(snapshot, "--no-background")
-    goes_on_from(guest, snapshot)
-    set_balloon(guest, BASE_MIB - BALLOON_MIB)
-    resize(guest, "vm0", 0)
-    plug_dimm(guest, 1, "hugetlb")
-    unplug_dimm(guest, 0)
-    kill_and_recover(guest)
-    guest.console.wait_passes(1)
-    set_balloon(guest, BASE_MIB)
-    resize(guest, "vm0", VIRTIO_MEM_MIB)
-    complete(guest)
-    resize(guest, "vm0", 64)
-    set_balloon(guest, BASE_MIB - BALLOON_MIB)
-    guest.console.wait_passes(1)
-
-
 @EVERY_KIND
 def test_no_fault_waits_long_while_a_balloon_is_inflated_again_and_again(
     kind: MemoryKind, qemu: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
