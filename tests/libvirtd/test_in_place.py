@@ -214,6 +214,7 @@ def require_served_from_a_copy(host: Host, domain: Domain, path: Path) -> None:
     (listed,) = json.loads(host.tool("list", "--json").stdout)
     assert listed["image"] == str(path)
     assert host.run("stat", "-c", "%h", path).stdout == "1\n"
+    host.run("sh", "-c", f"cmp {path} {path.parent}/.{path.name}.*/saved")
     host.run("cp", "/dev/null", path)
     (entry,) = json.loads(host.tool("status", "--json", "guest").stdout)
     assert entry["statistics"]["pages_data_missing"] > 0
