@@ -60,16 +60,17 @@ def test_a_libvirtd_killed_in_pre_copy_leaves_the_guest_at_the_source_and_is_nam
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_a_supervised_migration_starts_over_after_a_libvirtd_was_killed_in_pre_copy(
-    pair: Pair, shared_guest: GuestImage, shared_dir: Path, side: str
+def test_a_supervised_migration_starts_over_after_a_libvirtd_was_restarted_in_pre_copy(
+    pair: Pair, shared_guest: GuestImage, shared_dir: Path, side: str, number: signal.Signals
 ) -> None:
     domain = busy_domain(pair, shared_guest, shared_dir)
     pair.link.limit(4 * MIB)
     begun = pair.begin("--supervise", "--switch-after", 8, *FIRST_PASS)
     begun.wait_said("pre-copy, pass 1")
     host = pair.source if side == "source" else pair.target
-    host.restart_daemon("libvirtd", signal.SIGKILL)
+    host.restart_daemon("libvirtd", number)
     begun.wait_said("Starting over")
     pair.wait_postcopy()
     pair.link.limit(SLOW)
