@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import tempfile
 import zlib
 from pathlib import Path
@@ -10,11 +13,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from vm.guests import cli
+from vm.guests import PATIENCE, cli, cli_command, ends_within, wait_until
 
 from qemu_postcopy import demo
 from qemu_postcopy.errors import ContentError
 from qemu_postcopy.image.image import Image
+from qemu_postcopy.sidecar.rundir import RunDirectory
+from qemu_postcopy.vm.process import ProcessIdentity
 
 pytestmark = [pytest.mark.needs("qemu", "uffd", "ptrace", "guest"), pytest.mark.timeout(300)]
 
@@ -42,6 +47,7 @@ class Damaging(demo.Demo):
         return await super().resume_lazily(before)
 
 
+@pytest.mark.soak
 def test_demo_of_a_damaged_image_is_no_success(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,3 +58,31 @@ def test_demo_of_a_damaged_image_is_no_success(
     assert ContentError.exit_code == 12
     (kept,) = run_dir.glob("qpc-demo-*")
     assert (kept / "lazy.log").exists()
+
+
+def test_demo_that_is_interrupted_leaves_no_guest_behind(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches the demo and the restore that it waits for."""
+    monkeypatch.setenv("TMPDIR", str(run_dir))
+    tool = subprocess.Popen(
+        cli_command("demo", "--memory", "32M"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+    def lazy_qemu() -> int:
+        for path in run_dir.glob("qpc-demo-*/run/demo"):
+            if (record := RunDirectory(path).read_record(missing_ok=True)) is not None:
+                return record.pid
+        return 0
+
+    with ProcessIdentity.open(wait_until(lazy_qemu, "the lazy restore has a QEMU")) as qemu:
+        os.killpg(tool.pid, signal.SIGINT)
+        _, said = tool.communicate(timeout=PATIENCE)
+        assert tool.returncode == 130, said
+        assert ends_within(qemu, PATIENCE), "its guest runs on"
+    assert list(run_dir.glob("qpc-demo-*")) == []
