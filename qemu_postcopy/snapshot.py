@@ -121,9 +121,10 @@ async def snapshot(
             page_sizes = await _lazy_blocks(qmp)
             guard = Guard(address, await migration.settings_of(qmp))
             with guard if before == "running" else nullcontext():
+                under_way = threading.Event()
                 try:
                     summary = await _save(
-                        qmp, writer, list(page_sizes), options.max_downtime_ms, progress
+                        qmp, writer, list(page_sizes), options.max_downtime_ms, progress, under_way
                     )
                     downtime = int((await qmp.execute("query-migrate")).get("downtime", 0))
                     if options.then == "run" or (
@@ -135,8 +136,11 @@ async def snapshot(
                     )
                     image = await _in_thread(finish, progress)
                 except BaseException:
-                    # No image: whatever was to become of the guest afterwards, it runs on.
-                    if before == "running" and await asyncio.shield(_runs_on(qmp)):
+                    # No image: whatever was to become of the guest afterwards, it runs on.  But
+                    # where nothing was begun it is another's, whose snapshot may have stopped it.
+                    if before == "running" and (
+                        not under_way.is_set() or await asyncio.shield(_runs_on(qmp))
+                    ):
                         guard.dismiss()
                     raise
                 guard.dismiss()
@@ -159,6 +163,7 @@ async def _save(
     names: list[str],
     max_downtime_ms: int | None,
     progress: ByteProgress | None,
+    under_way: threading.Event,
 ) -> StreamSummary:
     read_end, write_end = os.pipe()
     fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -173,6 +178,7 @@ async def _save(
         except asyncio.CancelledError:
             demultiplexer.cancel()
             await asyncio.wait({running})
+            running.exception()  # seen: it is the interruption that matters
             raise
         finally:
             # QEMU may be blocked in a write to the full pipe, out of which migrate_cancel does not
@@ -181,7 +187,9 @@ async def _save(
 
     reporter = asyncio.ensure_future(_report(qmp, progress)) if progress else None
     try:
-        await migration.save(qmp, write_end, drain, max_downtime_ms=max_downtime_ms)
+        await migration.save(
+            qmp, write_end, drain, max_downtime_ms=max_downtime_ms, under_way=under_way
+        )
     finally:
         stream.close()
         if reporter is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -171,6 +172,7 @@ async def save(
     drain: Callable[[], Awaitable[None]],
     *,
     max_downtime_ms: int | None = None,
+    under_way: threading.Event | None = None,
 ) -> None:
     """Makes QEMU send its whole state into ``write_fd`` while ``drain`` reads the other end.
 
@@ -184,12 +186,15 @@ async def save(
         drain: reads until then; raises to give up; ends promptly when cancelled.
         max_downtime_ms: pages are sent while the guest runs until what is left takes no longer
             than this; None: the guest is stopped (almost) at once.
+        under_way: set as soon as QEMU may have begun; where it is not set it has done nothing, and
+            the state of the guest is somebody else's doing.
 
     Raises:
         QmpError: QEMU refused, or failed; or whatever ``drain`` raised.  The migration was
             cancelled then and the guest runs on.
         asyncio.CancelledError: likewise.
     """
+    under_way = under_way or threading.Event()
     with os.fdopen(write_fd, "wb", buffering=0) as sending:
         known = {e["capability"] for e in await qmp.execute("query-migrate-capabilities")}
         off = {name: False for name in FORMAT_CAPABILITIES if name in known}
@@ -199,22 +204,21 @@ async def save(
             qmp.migration_parameters(max_bandwidth=NO_BANDWIDTH_LIMIT, downtime_limit=downtime),
         ):
             with qmp.listen("MIGRATION") as listener:
-                under_way = False
                 try:
                     # The reader first: whoever gives up after `migrate` must have one to end.
                     async with asyncio.TaskGroup() as tasks:
                         tasks.create_task(_drained(drain))
                         tasks.create_task(_completed(qmp, listener))
                         await qmp.send_descriptor(DESCRIPTOR_NAME, write_fd)
-                        under_way = True
+                        under_way.set()
                         try:
                             await qmp.execute("migrate", {"uri": f"fd:{DESCRIPTOR_NAME}"})
                         except CommandError:
-                            under_way = False  # another migration may be, and is not ours to end
+                            under_way.clear()  # another migration may be, and is not ours to end
                             raise
                         sending.close()
                 except BaseException as error:
-                    if under_way:
+                    if under_way.is_set():
                         await asyncio.shield(_abandon(qmp))
                     if isinstance(error, BaseExceptionGroup):
                         raise _plainest(error) from error

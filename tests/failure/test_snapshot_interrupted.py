@@ -11,7 +11,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from vm.guests import PATIENCE, Guest, Lab, cli, cli_command, ends_within, send, wait_until
+from vm.guests import (
+    PATIENCE,
+    Guest,
+    Lab,
+    cli,
+    cli_command,
+    ends_within,
+    refused,
+    send,
+    wait_until,
+)
 from vm.stream_pipe import open_stream_of, read_what_is_there
 
 from qemu_postcopy.images.guest_image import GuestImage
@@ -32,10 +42,10 @@ class Witness:
         self.popen: subprocess.Popen[str]
         self.said = ""
 
-    def start_tool(self) -> None:
+    def start_tool(self, *options: object) -> None:
         """Begins a snapshot, by the command line tool."""
         self.popen = subprocess.Popen(
-            cli_command("snapshot", self.guest.qmp_path, self.image),
+            cli_command("snapshot", *options, self.guest.qmp_path, self.image),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -45,7 +55,7 @@ class Witness:
         self.tool = ProcessIdentity.open(self.popen.pid)
 
     @asynccontextmanager
-    async def stopped_while_sending(self) -> AsyncIterator[tuple[Qmp, Listener]]:
+    async def stopped_while_sending(self, *options: object) -> AsyncIterator[tuple[Qmp, Listener]]:
         """Starts a snapshot and stops the tool when QEMU has begun to send.
 
         The pipe holds 1 MiB and the guest has a hundred times that, so QEMU is in the middle of
@@ -53,7 +63,7 @@ class Witness:
         """
         async with await Qmp.connect(self.path) as qmp:
             with qmp.listen("MIGRATION", "RESUME") as events:
-                self.start_tool()
+                self.start_tool(*options)
                 await wait_migration(events, "active")
                 send(self.tool, signal.SIGSTOP)
                 assert (await qmp.execute("query-migrate"))["status"] == "active"
@@ -81,13 +91,20 @@ async def wait_migration(events: Listener, status: str) -> None:
 def witness(qemu: Path, lab: Lab, guest_image: GuestImage, run_dir: Path) -> Iterator[Witness]:
     """A guest with 256 MiB, half of them patterned."""
     path = run_dir / "witness.sock"
-    monitor = ("-qmp", f"unix:{path},server=on,wait=off")
+    monitors = [f"unix:{one},server=on,wait=off" for one in (path, another(path))]
     made = Witness(
-        lab.boot(guest_image, qemu, "memfd", 64, *monitor), path, run_dir / "images" / "vm.qpc"
+        lab.boot(guest_image, qemu, "memfd", 64, "-qmp", monitors[0], "-qmp", monitors[1]),
+        path,
+        run_dir / "images" / "vm.qpc",
     )
     made.image.parent.mkdir()
     yield made
     made.close()
+
+
+def another(monitor: Path) -> Path:
+    """A monitor speaks with one client at a time."""
+    return monitor.with_name("another.sock")
 
 
 def left_beside(image: Path) -> list[str]:
@@ -115,6 +132,35 @@ def test_interrupted_snapshot_leaves_nothing_and_the_guest_running(witness: Witn
     asyncio.run(run())
     assert left_beside(witness.image) == []
     check_unharmed(witness)
+
+
+def test_a_snapshot_that_is_refused_lets_nothing_run_that_another_has_stopped(
+    witness: Witness,
+) -> None:
+    live = ("--max-downtime", "1", "--accept-lost-writes", "--then", "stop")
+
+    async def run() -> None:
+        async with witness.stopped_while_sending(*live) as (qmp, _):
+            assert await qmp.status() == "running"
+            second = witness.image.with_name("second.qpc")
+            refusal = asyncio.ensure_future(
+                asyncio.to_thread(
+                    refused,
+                    *("snapshot", another(witness.path), second),
+                    status=8,
+                    words=["migration"],
+                )
+            )
+            done, _ = await asyncio.wait({refusal}, timeout=5)
+            send(witness.tool, signal.SIGCONT)
+            await refusal
+            assert done, "it waited for the other, to let the guest run when that has ended"
+            # More than the guest can write in the meantime.
+            await qmp.execute("migrate-set-parameters", {"downtime-limit": 60_000})
+            assert await asyncio.to_thread(witness.end_of_tool) == 0, witness.said
+            assert await qmp.status() == "postmigrate"
+
+    asyncio.run(run())
 
 
 def test_killed_while_the_guest_is_being_sent(witness: Witness) -> None:
