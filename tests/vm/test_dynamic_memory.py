@@ -44,6 +44,14 @@ LONGEST_WAIT_LOG2_US = 20
 EVERY_KIND = pytest.mark.parametrize(
     "kind", ["memfd", pytest.param("anonymous", marks=pytest.mark.soak)]
 )
+DIMM_KIND = pytest.mark.parametrize(
+    "kind",
+    [
+        "memfd",
+        pytest.param("anonymous", marks=pytest.mark.soak),
+        pytest.param("hugetlb", marks=[pytest.mark.soak, pytest.mark.needs("hugetlb")]),
+    ],
+)
 
 
 def block(guest: Guest, name: str) -> dict[str, object]:
@@ -127,11 +135,13 @@ def test_virtio_mem_shrinks_and_grows_while_its_memory_is_missing(
     guest.console.wait_passes(1)
 
 
-@EVERY_KIND
+@DIMM_KIND
 def test_dimms_are_plugged_saved_restored_and_unplugged(
     kind: MemoryKind, qemu_binary: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
 ) -> None:
     words = f"qpc.memory={BASE_MIB}"
+    if kind == "hugetlb":
+        lab.need_huge_pages((BASE_MIB + 2 * DIMM_MIB) * MIB)
     booted = boot(lab, guest_image, qemu_binary, kind, words=words, ready=False)
     booted.console.wait_more_ticks(1)
     plug_dimm(booted, 0, kind)
@@ -167,6 +177,39 @@ def test_dimms_are_plugged_saved_restored_and_unplugged(
     assert list(memory_devices(guest)) == ["dimm1"]
     unplug_dimm(guest, 1)
     complete(guest)
+    guest.console.wait_passes(1)
+
+
+@pytest.mark.soak
+@pytest.mark.needs("hugetlb")
+def test_memory_of_huge_pages_comes_and_goes_while_it_is_missing(
+    qemu: Path, lab: Lab, guest_image: GuestImage, run_dir: Path
+) -> None:
+    """The guest itself finds all of it right; QEMU tells nobody of huge pages that go."""
+    lab.need_huge_pages((BASE_MIB + VIRTIO_MEM_MIB + DIMM_MIB) * MIB)
+    booted = boot(
+        lab, guest_image, qemu, "hugetlb",
+        *("-device", "virtio-balloon-pci,id=b0"),
+        *("-object", lab.memory("hugetlb", VIRTIO_MEM_MIB * MIB, "v0").option()),
+        *("-device", f"virtio-mem-pci,id=vm0,memdev=v0,requested-size={PLUGGED_MIB}M"),
+        words=f"qpc.memory={BASE_MIB}",
+    )  # fmt: skip
+    wait_until(lambda: memory_devices(booted)["vm0"]["size"] == PLUGGED_MIB * MIB, "it is plugged")
+    snapshot = take_snapshot(booted, run_dir / "image", qemu, "hugetlb")
+    assert len(patterned(snapshot, "v0")) > FILL_MIB // 2 * PAGES_PER_MIB
+    booted.kill()
+
+    guest = lab.restore(snapshot, "--no-background")
+    goes_on_from(guest, snapshot)
+    plug_dimm(guest, 0, "hugetlb")
+    resize(guest, "vm0", 0)
+    set_balloon(guest, BASE_MIB - BALLOON_MIB)
+    kill_and_recover(guest)
+    guest.console.wait_passes(1)
+    set_balloon(guest, BASE_MIB)
+    resize(guest, "vm0", VIRTIO_MEM_MIB)
+    complete(guest)
+    resize(guest, "vm0", 64)
     guest.console.wait_passes(1)
 
 
