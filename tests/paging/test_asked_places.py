@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -133,11 +134,9 @@ def test_a_page_that_is_written_inside_of_a_block_ends_it(asked: Asked) -> None:
 
 
 def test_a_qemu_that_has_ended_is_not_waited_for(asked: Asked) -> None:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    identity = ProcessIdentity.open(pid)
-    os.waitpid(pid, 0)
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    identity = ProcessIdentity.open(process.pid)
+    process.communicate()
     asked.identity.close()
     asked.identity = identity
     asked.give = lambda data: None  # type: ignore[method-assign]
