@@ -195,6 +195,7 @@ class Session:
         self._owned: QemuProcess | None = None
         self._qmp: Monitor | None = None
         self._layout: list[RamBlock] = []
+        self._shown: frozenset[str] = frozenset()
         #: how the userfaultfd is had
         self.attached_by = "ptrace"
         #: whom to ask what QEMU maps: QEMU's identity, or what knows it without looking
@@ -314,6 +315,7 @@ class Session:
         self._target = self.identity if offered is None else offered[1]
         self._monitor, self._presumed = monitor, True
         self._prepare()
+        self._shown = frozenset(places or ())
         self._layout = presume_layout(self._target, self.image.manifest.blocks, places or {})
         self._enter(State.FOUND)
 
@@ -376,11 +378,21 @@ class Session:
             self.run.ledger, [LedgerBlock(b.name, b.page_size, b.length) for b in blocks]
         )
         self._cleanup.callback(self._ledger.close)
+        self._note_shown(self._ledger)
         pager = self._make_pager(blocks, note_first_faults=self.options.uses_working_set())
         if self._working_set is not None:
             pager.prefetch(self._working_set.pages(blocks))
         if self.options.trace is not None:
             self._known_accounts().record(self.options.trace)
+
+    def _note_shown(self, ledger: Ledger) -> None:
+        """QEMU has shown where these blocks lie by their first pages, which it has since then."""
+        from qemu_postcopy.vm.presence import page_present
+
+        assert self.identity is not None
+        for block in self._layout:
+            if block.name in self._shown and page_present(self.identity, block, 0):
+                ledger.set_present(block.name, 0)
 
     def take_over(self, record: SessionRecord) -> None:
         """Serves on a guest whose sidecar has died; all that was registered still is.

@@ -23,7 +23,13 @@ from qemu_postcopy.image.manifest import (
     Manifest,
     parse_manifest,
 )
-from qemu_postcopy.image.page_data import SEGMENT_BYTES, counted_bitmap, hash_file, hash_segment
+from qemu_postcopy.image.page_data import (
+    HASH_PAGE_BYTES,
+    SEGMENT_BYTES,
+    counted_bitmap,
+    hash_file,
+    hash_segment,
+)
 
 if TYPE_CHECKING:
     from qemu_postcopy.paging.lease import Lease
@@ -165,6 +171,8 @@ class Image:
         """
         block = self.manifest.block(name)
         bitmap, found = counted_bitmap(fd, offset_bytes, block.size_bytes, page_size_bytes)
+        if page_size_bytes != HASH_PAGE_BYTES:  # what was written is counted in those
+            _, found = counted_bitmap(fd, offset_bytes, block.size_bytes, HASH_PAGE_BYTES)
         if found < block.data_bytes:
             raise ImageError(
                 f"{self.path / block.file} has lost data of RAM block {name}: {found} bytes are "

@@ -10,6 +10,7 @@ holder is dead; what is read must be checked to be the same as before all the sa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import math
@@ -101,7 +102,8 @@ class Lease:
         """Lets writers go on; may be called twice."""
         if self._descriptor < 0:
             return
-        fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        with contextlib.suppress(BlockingIOError):  # EAGAIN: the kernel has taken it by force
+            fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         self._ended = True
         # The thread waits until it is told: its id is its own until then.
         assert self._thread.ident is not None

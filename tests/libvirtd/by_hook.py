@@ -38,6 +38,11 @@ def entries(host: Host) -> list[dict[str, object]]:
     return found
 
 
+def states(host: Host) -> list[tuple[object, object]]:
+    """Domain and state of each."""
+    return [(entry["domain"], entry["state"]) for entry in entries(host)]
+
+
 def require_nothing_left(host: Host, directory: Path) -> None:
     wait_until(lambda: sidecars(host) == [], "the sidecars have ended")
     assert host.qemus() == []

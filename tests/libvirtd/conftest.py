@@ -87,6 +87,21 @@ def hooked(host: Host) -> Iterator[Host]:
     host.tool("libvirt", "install-hooks", "--remove")
 
 
+@pytest.fixture
+def huge_pages(
+    host: Host, shared_guest: GuestImage, reserve_huge_pages: Callable[[int], None]
+) -> Iterator[None]:
+    """libvirtd knows where huge pages are; it looks when it starts."""
+    reserve_huge_pages((shared_guest.ram_mib(16) + 16) << 20)
+    host.run("mkdir", "-p", "/dev/hugepages")
+    host.run("mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "hugetlbfs", "/dev/hugepages")
+    host.restart_daemon("libvirtd")
+    yield
+    host.clean()
+    host.run("umount", "/dev/hugepages")
+    host.restart_daemon("libvirtd")
+
+
 @pytest.fixture(scope="session")
 def shared_guest(guest_image: GuestImage) -> Iterator[GuestImage]:
     """The test guest where libvirt's QEMU, a user of its own, can read it."""

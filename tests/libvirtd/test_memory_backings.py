@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +33,6 @@ def save_and_restore(host: Host, image: GuestImage, directory: Path, **choices: 
     domain.console.wait_passes(1)
     host.virsh("destroy", "guest")
     assert (sidecars(host), left_beside(directory)) == ([], [])
-
-
-@pytest.fixture
-def huge_pages(
-    host: Host, shared_guest: GuestImage, reserve_huge_pages: Callable[[int], None]
-) -> Iterator[None]:
-    """libvirtd knows where huge pages are; it looks when it starts."""
-    reserve_huge_pages((shared_guest.ram_mib(16) + 16) << 20)
-    host.run("mkdir", "-p", "/dev/hugepages")
-    host.run("mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "hugetlbfs", "/dev/hugepages")
-    host.restart_daemon("libvirtd")
-    yield
-    host.clean()
-    host.run("umount", "/dev/hugepages")
-    host.restart_daemon("libvirtd")
 
 
 @pytest.mark.needs("hugetlb")

@@ -69,8 +69,12 @@ def test_a_users_domain_is_restored_lazily_by_plain_virsh(
     try:
         virsh(host, "restore", path)
         console.wait_passes(1)
-        (entry,) = json.loads(host.tool("list", "--json", user=OPERATOR).stdout)
-        assert (entry["domain"], entry["state"]) == ("own", "running")
+
+        def states() -> list[tuple[str, str]]:
+            listed = json.loads(host.tool("list", "--json", user=OPERATOR).stdout)
+            return [(entry["domain"], entry["state"]) for entry in listed]
+
+        wait_until(lambda: states() == [("own", "running")], "it is served")
         for pid in sidecars(host):
             assert f"Uid:\t{OPERATOR_ID}\t" in Path(f"/proc/{pid}/status").read_text()
         virsh(host, "save", "own", path.with_name("again"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import select
@@ -58,6 +59,19 @@ def test_a_writer_waits_until_the_lease_is_given_up(leased: tuple[Path, Lease], 
     writer.join(10)
     assert path.stat().st_size == 0
     lease.release()
+
+
+def test_a_lease_that_the_kernel_has_taken_by_force_is_released_as_well(
+    leased: tuple[Path, Lease],
+) -> None:
+    path, lease = leased
+    with pytest.raises(BlockingIOError):  # it would have to wait; that breaks the lease
+        os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    assert told(lease, 10)
+    fcntl.fcntl(lease._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # as after its time
+    with path.open("r+b"):
+        assert lease.is_broken
+        lease.release()
 
 
 def test_the_file_may_be_removed_and_another_take_its_name(leased: tuple[Path, Lease]) -> None:
