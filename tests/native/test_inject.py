@@ -30,7 +30,7 @@ def driver(build_driver: Callable[..., Path]) -> Path:
         "stopped_process",
         "no_descriptor_left",
         "no_right",
-        "device_passed",
+        pytest.param("device_passed", marks=pytest.mark.needs("restricted")),
     ],
 )
 def test_injection_in_c(driver: Path, case: str) -> None:
