@@ -467,6 +467,7 @@ def start_sidecar(job: Any, run: Any, rest: dict[str, Any], reached_by: str) -> 
         _wait_and_tell(sidecar, run, rest, reached, reached_by)
     except KeyboardInterrupt:
         if sidecar is None:
+            run.discard_unused()
             raise
         if "loaded" in reached:
             words = f"{run.name} runs on; PID {sidecar.pid} serves it while memory is missing"

@@ -52,10 +52,14 @@ ANSWER_SECONDS = 1.0
 #: How long whoever asks for the status waits for what QEMU says.
 LOOK_AGAIN_SECONDS = 0.2
 #: Between questions: so many times as long as the last one took; something may be opened all the
-#: time (user-mode networking).
+#: time (user-mode networking).  But a device may come at any time, so never for long.
 REST = 20
+REST_SECONDS_MOST = 0.25
 #: How long after an attempt to let the guest go on there is another.
 AGAIN_SECONDS = 0.5
+
+#: States in which a guest that is held is in between (QAPI, RunState).
+PASSING = frozenset({"finish-migrate", "save-vm", "restore-vm"})
 
 #: How a guest is kept from running: by its monitor, or with all of QEMU where that is in use.
 Held = Literal["", "stopped", "frozen"]
@@ -74,6 +78,7 @@ class PlugWatch:
         # QEMU's monitor, for as long as it is ours.
         self._qmp: Monitor | None = None
         self._opened = asyncio.Event()
+        self._doubted = False
 
     async def begin(self, qmp: Monitor | None) -> None:
         """Notes what there is.  ``qmp``: the monitor, where there is a connection to it."""
@@ -105,6 +110,11 @@ class PlugWatch:
             self._files.watch(self._note_opened, LOOK_SECONDS)
         if not self._asked:
             self._opened.set()
+        if session.held:
+            session.tell_held_back(
+                "the guest is kept from running until all of its memory is there, because of what "
+                "was plugged in"
+            )
         try:
             while not complete.is_set():
                 await first_of(complete, self._opened, session.damaged)
@@ -127,6 +137,9 @@ class PlugWatch:
         loop = asyncio.get_running_loop()
         in_doubt = self._asked  # a sign, and perhaps nobody to ask
         while not complete.is_set():
+            if self._session.held == "frozen":  # it answers nobody
+                await complete.wait()
+                return
             began = loop.time()
             try:
                 qmp = await self._connect(own)
@@ -139,14 +152,16 @@ class PlugWatch:
                     return
             except PostcopyError as error:
                 await self._release()
+                if self._opened.is_set() or self._session.damaged.is_set():
+                    in_doubt = True
+                    self._opened.clear()
                 if in_doubt:
-                    in_doubt = False
                     await self._doubt(error)
                 if await _within(complete, AGAIN_SECONDS):
                     return
                 continue
             await self._release()
-            await _within(complete, REST * (loop.time() - began))
+            await _within(complete, min(REST * (loop.time() - began), REST_SECONDS_MOST))
             return
 
     async def _connect(self, own: Monitor | None) -> Monitor:
@@ -208,12 +223,14 @@ class PlugWatch:
         """Something was plugged in, and QEMU cannot be asked what.  To fill does no harm; where
         somebody else has the memory already, QEMU is stopped as a whole."""
         session = self._session
-        session.fill_at_full_speed()
-        log.warning(
-            "QEMU has opened something and cannot be asked what for (%s): filling the rest of the "
-            "guest's memory now",
-            error.message,
-        )
+        if not self._doubted:
+            self._doubted = True
+            session.fill_at_full_speed()
+            log.warning(
+                "QEMU has opened something and cannot be asked what for (%s): filling the rest of "
+                "the guest's memory now",
+                error.message,
+            )
         others = await asyncio.to_thread(self._other_mappers)
         if others and not session.held:
             assert session.identity is not None
@@ -249,15 +266,23 @@ class PlugWatch:
                 signal.pidfd_send_signal(session.identity.pidfd, signal.SIGCONT)
         while session.held == "stopped" and session.identity.is_alive():
             try:
-                await (await self._connect(own)).execute("cont")
-                break
+                qmp = await self._connect(own)
+                status = await qmp.status()
+                if status not in PASSING:
+                    # Whoever ended it, or moved it away meanwhile, wants it that way.
+                    if status == "paused":
+                        await qmp.execute("cont")
+                    elif status != "running":
+                        log.warning("the guest is %s by now, and is left so", status)
+                    break
+                await asyncio.sleep(AGAIN_SECONDS)
             except PostcopyError as error:
                 log.warning("the guest cannot be let go on yet: %s", error.message)
                 await self._release()
                 await asyncio.sleep(AGAIN_SECONDS)
         if session.held:
             session.note_held("")
-            log.warning("all of the guest's memory is there: it goes on")
+            log.warning("all of the guest's memory is there: it is held no more")
         session.tell_held_back("")
 
 

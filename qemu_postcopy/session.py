@@ -235,6 +235,7 @@ class Session:
         self._taken_away: set[str] = set()
         #: whether a page was found that another process has made: see :meth:`damage`
         self.damaged = asyncio.Event()
+        self._damage_before = ""  # that a sidecar which has died had found
         self._asked_async: bool | None = None
         # QEMU let it run by itself, when its state was loaded.
         self._runs = False
@@ -425,6 +426,7 @@ class Session:
         self.launched_ns, self._owned_before = record.launched_ns, record.owned
         self._monitor, self._presumed = record.qmp, record.presumed
         self.held = "frozen" if record.held == "frozen" else "stopped" if record.held else ""
+        self._damage_before = record.damage
         recorded = [
             RamBlock(**{**block, "file_key": tuple(block["file_key"] or ()) or None})
             for block in record.blocks
@@ -480,7 +482,9 @@ class Session:
         from qemu_postcopy.vm import migration
         from qemu_postcopy.vm.monitor import connect
 
-        if record.state not in GUEST_STATES:
+        # One that was kept from running was there, and all of QEMU may be stopped.
+        born = record.state in GUEST_STATES or bool(record.held)
+        if not born:
             # QEMU answers when it has loaded what it was given, which our serving lets it do.
             try:
                 self._qmp = await connect(self._monitor, timeout=migration.LOAD_SECONDS)
@@ -496,7 +500,7 @@ class Session:
                 )
         self._enter(State.LOADED)
         self._unsettled = False
-        if record.state not in GUEST_STATES:
+        if not born:
             if record.owned:
                 # It was given the end of its state only after it had said where its memory is; the
                 # record may be older than that.  The guest may run: it is asked nothing any more.
@@ -769,8 +773,16 @@ class Session:
         from qemu_postcopy.plugged import damage_words
 
         if self.pager is None:
-            return ""
-        return damage_words(asdict(self.pager.statistics()), [block.name for block in self._layout])
+            return self._damage_before
+        names = [block.name for block in self._layout]
+        return damage_words(asdict(self.pager.statistics()), names) or self._damage_before
+
+    def _note_damage(self) -> None:
+        """Once: whoever takes over has a pager that meets those pages as it should."""
+        if not self.damaged.is_set() and (damage := self.damage()):
+            self.damaged.set()
+            with contextlib.suppress(OSError, PostcopyError):
+                self.run.update_record(damage=damage)
 
     def has_guest(self) -> bool:
         """True while there is a guest that depends on this session."""
@@ -848,8 +860,7 @@ class Session:
                 state = self.pager.statistics().state
                 if self.accounts is not None:
                     self.accounts.name_threads()
-                if self.damage():
-                    self.damaged.set()
+                self._note_damage()
                 if trouble != (trouble := self.trouble()):
                     log.warning(trouble or "page data can be had again")
                 if state is PagerState.MAPPER_GONE:
@@ -1054,6 +1065,7 @@ class Session:
                 if options.trace and not self._trace_on_trial
                 else "",
                 shown="" if shown == self.image.path else str(shown),
+                damage=self._damage_before if self.state is State.SERVING else self.damage(),
             )
         )
 

@@ -138,10 +138,11 @@ async def snapshot(
                 except BaseException:
                     # No image: whatever was to become of the guest afterwards, it runs on.  But
                     # where nothing was begun it is another's, whose snapshot may have stopped it.
-                    if before == "running" and (
-                        not under_way.is_set() or await asyncio.shield(_runs_on(qmp))
-                    ):
-                        guard.dismiss()
+                    if before == "running":
+                        if not under_way.is_set() or await asyncio.shield(_runs_on(qmp)):
+                            guard.dismiss()
+                        else:  # the guard needs the monitor
+                            await asyncio.shield(qmp.close())
                     raise
                 guard.dismiss()
             # Not before the image is whole and in place.

@@ -102,11 +102,7 @@ def _entry(directory: RunDirectory, timeout: float) -> dict[str, Any]:
         "blocks": record.block_counts,
     }
     state, trouble = standing(directory, record)
-    if not trouble and record.statistics.get("pages_foreign"):
-        from qemu_postcopy.plugged import damage_words
-
-        trouble = damage_words(record.statistics, [block["name"] for block in record.blocks])
-    entry.update(state=state, trouble=trouble)
+    entry.update(state=state, trouble=trouble or record.damage)
     if state not in DEPENDENT and not (
         record.attached_by == "handshake" and state in UNBORN  # then there is a guest at once
     ):

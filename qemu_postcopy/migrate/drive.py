@@ -64,7 +64,8 @@ NEXT: dict[Stage, frozenset[Stage]] = {
     Stage.SWITCHING: _ALL - {Stage.NEW, Stage.SETUP, Stage.RECOVERING},
     Stage.CANCELLING: _ALL - {Stage.NEW, Stage.SETUP, Stage.PRECOPY, Stage.STARTING_OVER},
     # The guest runs at the source, no migration is under way: a new one begins.
-    Stage.STARTING_OVER: frozenset({Stage.SETUP, Stage.ENDED}),
+    # Or a daemon that has just come back had not told yet what is.
+    Stage.STARTING_OVER: _ALL - {Stage.NEW, Stage.SWITCHING, Stage.RECOVERING, Stage.CANCELLING},
     # From here on the guest is at the destination: back to pre-copy there is no way.
     Stage.POSTCOPY: frozenset({Stage.INTERRUPTED, Stage.COMPLETED, Stage.ENDED}),
     Stage.INTERRUPTED: frozenset({Stage.RECOVERING, Stage.POSTCOPY, Stage.COMPLETED, Stage.ENDED}),
@@ -273,8 +274,12 @@ class Drive:
         self._left.clear()
         self._may_switch, self._switched = True, False
         self.report.switch_reason = ""
+        try:
+            await self.engine.start()
+        except LibvirtError as error:  # one of them has gone again
+            self._tell(f"not yet: {error.message}")
+            return
         self._attempts, self._next_attempt = 0, 0.0
-        await self.engine.start()
         self._enter(Stage.SETUP)
 
     def _end(self) -> None:

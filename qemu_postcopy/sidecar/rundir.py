@@ -126,6 +126,8 @@ class SessionRecord:
     trace: str = ""
     #: what the operator knows the image by: of a save file that is served in place, that file
     shown: str = ""
+    #: what is wrong with the guest's memory for good, in words
+    damage: str = ""
 
 
 class RunDirectory:

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from qemu_postcopy.errors import GuestEndedError, PostcopyError
 from qemu_postcopy.recover import needs_sidecar
-from qemu_postcopy.sidecar.process import recovering, spawn
+from qemu_postcopy.sidecar.process import interrupts_held, recovering, spawn
 from qemu_postcopy.sidecar.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ def _wait_needed(run: RunDirectory, said: Callable[[str], None]) -> bool:
 def _take_over(run: RunDirectory, said: Callable[[str], None]) -> str:
     """Returns when the new sidecar has ended: why it could not take over, or an empty string."""
     trouble = ""
-    sidecar = spawn(recovering(run), run)
+    with interrupts_held():  # what is asked to end is this process
+        sidecar = spawn(recovering(run), run)
     try:
         for event in sidecar.events():
             if event.get("state") in ("running", "gone"):

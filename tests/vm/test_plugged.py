@@ -203,3 +203,25 @@ def test_pages_that_another_process_has_touched_are_told_as_damage_for_good(
     for words in ("memory of this guest is wrong: 10 pages", f"page {touched[0]} of block m0"):
         assert words in said["trouble"]
         assert words in log_of(guest)
+
+
+def test_damage_is_told_also_by_whoever_takes_over(
+    qemu: Path, lab: Lab, snapshot_in: MakeSnapshot, run_dir: Path
+) -> None:
+    """Its own pager meets those pages as they should be: filled."""
+    snapshot = snapshot_in(qemu)
+    slow = run_dir / "slow.toml"
+    slow.write_text("seed = 1\n[delay]\nprobability = 1.0\nus = [10000, 10000]\n")
+    guest = lab.restore(snapshot, "--paused", "--no-background", "--chaos", slow)
+    first = min(patterned(snapshot, "m0"))
+    with memory_of(guest, snapshot) as memory:
+        assert memory[first * 4096] == 0
+    cli("fill", guest.name)
+    words = "memory of this guest is wrong: 1 pages were touched by another process"
+    wait_until(lambda: words in guest.status()["trouble"], "it is found")
+    kill_and_recover(guest)
+    assert words in guest.status()["trouble"]
+    guest.wait_sidecar_gone()
+    said = guest.status()
+    assert said["state"] == "detached" and words in said["trouble"]
+    assert said["statistics"]["pages_foreign"] == 0
