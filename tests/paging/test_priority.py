@@ -29,12 +29,12 @@ def unprivileged(mapper_binary: Path, run_dir: Path) -> Iterator[KilledServer]:
 
 
 def pager_thread(pid: int) -> int:
-    (tid,) = (
-        int(task.name)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        if (task / "comm").read_text() == "qpc-pager\n"
-    )
-    return tid
+    def named() -> list[int]:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return [int(task.name) for task in tasks if (task / "comm").read_text() == "qpc-pager\n"]
+
+    wait_until(lambda: len(named()) == 1, "it has its name")
+    return named()[0]
 
 
 def test_it_is_given_back_also_by_a_user_who_may_only_take_it(unprivileged: KilledServer) -> None:
