@@ -105,12 +105,12 @@ class Mapper:
         """Reads the first 8 bytes of a page, which may fault."""
         return self.do("read", page).to_bytes(8, "little")
 
-    def blocked_tids(self) -> list[int]:
-        """Those of its threads that wait for a page."""
+    def blocked_tids(self, function: str = "handle_userfault") -> list[int]:
+        """Those of its threads that wait for a page, or elsewhere in the kernel."""
         tids = []
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             try:
-                if (task / "wchan").read_text() == "handle_userfault":
+                if (task / "wchan").read_text() == function:
                     tids.append(int(task.name))
             except OSError:
                 continue
@@ -123,6 +123,11 @@ class Mapper:
     def wait_blocked(self, threads: int) -> None:
         """Until that many threads wait for a page."""
         wait_until(lambda: self.blocked_threads() >= threads, f"{threads} threads are blocked")
+
+    def wait_removing(self) -> None:
+        """Until one of its threads waits for its removal to be read of."""
+        function = "userfaultfd_event_wait_completion"
+        wait_until(lambda: self.blocked_tids(function) != [], "a thread removes memory")
 
     def close(self) -> None:
         """Kills the process."""

@@ -94,10 +94,11 @@ def test_a_touch_of_removed_memory_does_not_bring_its_neighbours_back(serve: Ser
 def test_background_leaves_removed_memory_alone(serve: Serve) -> None:
     guest = serve(start=False, background=True, holes=no_hole)
     removal = guest.mapper.send("remove", 200, 100)
+    guest.mapper.wait_removing()
     guest.pager.start()
     guest.mapper.result(removal)
-    statistics = guest.wait_complete()
-    assert statistics.pages_removed == 100
+    guest.wait_complete()
+    statistics = guest.wait(lambda s: s.pages_removed == 100, "the removal is counted")
     assert statistics.pages_zero == 0
     guest.check_content(zero_pages=range(200, 300))
 

@@ -115,7 +115,12 @@ def test_a_sidecar_that_dies_of_it_had_begun_nothing_or_says_so(
     assert type(outcome(sidecar, run)) is expected
 
 
-def test_ctrl_c_counts_when_it_is_known_which_sidecar_was_started() -> None:
+def test_ctrl_c_counts_when_it_is_known_which_sidecar_was_started(
+    request: pytest.FixtureRequest,
+) -> None:
+    # A shell's background job has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     known = False
     with pytest.raises(KeyboardInterrupt), process.interrupts_held():
         os.kill(os.getpid(), signal.SIGINT)
